@@ -1,0 +1,1711 @@
+#!/usr/bin/env python3
+"""NAME
+    saslquota - Postfix policy daemon that limits what each SASL sender may send in a sliding period
+
+SYNOPSIS
+    saslquota.py [-c FILE] [--check] [--version]
+
+DESCRIPTION
+    saslquota answers Postfix's check_policy_service on submission and smtps. For each request it
+    takes sasl_username, picks a rule from quotarules.json (the full address, else its domain, else
+    "default"), counts that sender's sends within the rule's sliding period in MySQL or in an
+    embedded SQLite file, and answers action=OK or action=REJECT with the rule's message.
+
+    -c FILE    the configuration (default: saslquota.json beside this script)
+    --check    read configuration and rules, look at the store, say what was found and what each
+               rule means; exit 0 or 1; create and change nothing
+    --version  print the version
+
+PROTOCOL
+    Postfix's SMTPD_POLICY_README: name=value lines, closed by an empty line; any number of requests
+    on one connection, which the server never closes first: Postfix would wait a second before the
+    next request. An empty request ends the session. MAIL and RCPT cost 1, DATA and END-OF-MESSAGE
+    max(1, recipient_count); the other states cost nothing. Malformed input gets no reply: it is
+    logged and the connection closed.
+
+CONFIGURATION
+    saslquota.json holds the settings (class Config lists them), quotarules.json the rules. An
+    environment variable of a setting's name overrides it. The rules are read again when their file
+    changes; a broken file keeps the rules that were in force.
+
+SIGNALS
+    SIGHUP            read the rules now
+    SIGTERM, SIGINT   answer the requests under way, exit 0 within 5 seconds
+
+DIAGNOSTICS
+    Syslog, tag postfix/saslquota[pid]:, one INFO line for each accepted send and a WARNING for each
+    refused one; with _loglevel DEBUG six lines for each. Exit status 1 means bad configuration, bad
+    rules at start or an address in use; a database that cannot be reached is never fatal.
+
+FILES
+    saslquota.json, quotarules.json    settings and rules
+    mysql.sql                          the table, for MySQL and MariaDB (SQLite's is made by itself)
+    saslquota.db                       the embedded ledger
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import difflib
+import errno
+import importlib
+import ipaddress
+import itertools
+import json
+import logging
+import logging.handlers
+import os
+import queue
+import random
+import re
+import resource
+import signal
+import socket
+import socketserver
+import sqlite3
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+__version__ = "2.0.0"
+
+MAX_REQUEST = 64 * 1024  # bytes; Postfix sends 1-20 KiB
+MAX_ATTRIBUTES = 256  # Postfix 3.7 sends 31
+MAX_RECIPIENTS = 1_000_000  # in one request; Postfix's own limit is 1,000 by default
+MAX_ACCOUNT = 320  # characters; the column's width: 64 of a local part, @, 255 of a domain
+MAX_INSTANCE = 64  # characters; the column's width
+MAX_REPLY = 400  # bytes; an SMTP reply line has 512 with its codes (RFC 5321, 4.5.3.1.5)
+MAX_BATCH = 500  # charges in one INSERT; SQLite takes 32,766 variables, eight for each
+SPAN_ROWS = 32  # the oldest sends of a window that are remembered
+CACHED_ACCOUNTS = 20_000  # at most some 4 KiB each
+CLOCK_TRUST = 1.0  # seconds until the database's clock, or a refusal's reason, is read again
+PATIENCE = 3  # collisions in a row before the next try takes locks
+ATTEMPTS = 3  # connections that may break under one batch before it is given up
+FUTURE = 60_000_000  # microseconds; a send dated further ahead is worth an error
+RETRY = 1.0  # seconds between two attempts to reach a store that is down
+REMINDER = 60.0  # seconds between two log lines about a trouble that lasts
+PURGE_ROWS = 200  # in one DELETE: a few milliseconds
+PURGE_PAUSE = 0.1  # seconds between two of them
+PURGE_INTERVAL = 3600.0  # seconds between two purges
+LOG_BACKLOG = 10_000  # lines waiting for a log that does not take them; the next ones are dropped
+SHUTDOWN = 4.0  # seconds for the requests under way when the daemon is told to stop
+
+log = logging.getLogger("saslquota")
+
+
+# --- Errors ---------------------------------------------------------------------------------------
+
+
+class SaslQuotaError(Exception):
+    """Whatever this program reports in one line."""
+
+
+class ConfigError(SaslQuotaError):
+    """A setting, a rule or an address that cannot be used."""
+
+
+class ProtocolError(SaslQuotaError):
+    """Input that is no policy request."""
+
+
+class StoreError(SaslQuotaError):
+    """The store did not do what it was asked."""
+
+
+class Conflict(StoreError):
+    """Another daemon was faster, or holds a lock: nothing was written, and the next try may work."""
+
+
+class Unavailable(StoreError):
+    """The store cannot be used; whether the last statement was carried out is not known."""
+
+
+# --- Config ---------------------------------------------------------------------------------------
+
+
+def text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("a text in quotes")
+    return value
+
+
+def whole(low: int, high: int) -> Callable[[Any], int]:
+    """A reader of whole numbers; digits in quotes will do, as the environment has nothing else."""
+
+    def read(value: Any) -> int:
+        if isinstance(value, str) and value.isascii() and value.strip().isdigit():
+            value = int(value)
+        if type(value) is not int or not low <= value <= high:
+            raise ValueError(f"a whole number from {low} to {high}")
+        return value
+
+    return read
+
+
+def one_of(*choices: str) -> Callable[[Any], str]:
+    def read(value: Any) -> str:
+        for choice in choices:
+            if isinstance(value, str) and value.casefold() == choice.casefold():
+                return choice
+        raise ValueError("one of " + ", ".join(choices))
+
+    return read
+
+
+def items(value: Any) -> list[str]:
+    """A list of texts, or one text with commas."""
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+        raise ValueError("a text, or a list of texts")
+    return [part.strip() for part in parts if part.strip()]
+
+
+def hosts(value: Any) -> tuple[str, ...]:
+    names = tuple(items(value))
+    if not names:
+        raise ValueError("a host, host:port or unix:/path, or a list of them")
+    for name in names:
+        split_host(name, 0)
+    return names
+
+
+def split_host(name: str, port: int) -> tuple[str, int]:
+    """Host and port of `host`, `host:port`, `[IPv6]:port` or a bare IPv6 address."""
+    found = re.fullmatch(r"\[(.+)\](?::(\d+))?|([^:]+):(\d+)", name)
+    if not found or name.startswith("unix:"):
+        return name, port
+    return found[1] or found[3], int(found[2] or found[4] or port)
+
+
+def networks(value: Any) -> tuple[Network, ...]:
+    try:
+        return tuple(ipaddress.ip_network(item) for item in items(value))
+    except ValueError as error:
+        raise ValueError(f"networks such as 127.0.0.0/8 or ::1 ({error})") from None
+
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+FACILITIES = sorted(logging.handlers.SysLogHandler.facility_names)
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+
+
+def setting(default: Any, read: Callable[[Any], Any]) -> Any:
+    return dataclasses.field(default=default, metadata={"read": read})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The settings. In saslquota.json and in the environment each name begins with `_`."""
+
+    path: Path  # the file they come from
+
+    bind: str = setting("127.0.0.1", text)  # address to listen on, or unix:/path
+    bindport: int = setting(10008, whole(1, 65535))
+    bindtimeout: int = setting(45, whole(1, 3600))  # seconds for a request or reply under way
+    store: str = setting("mysql", one_of("mysql", "sqlite"))
+    sqlitefile: str = setting("saslquota.db", text)
+    myhost: tuple[str, ...] = setting(("localhost",), hosts)  # tried in turn
+    myport: int = setting(3306, whole(1, 65535))
+    myuser: str = setting("saslquota", text)
+    mypasswd: str = setting("", text)
+    mydb: str = setting("saslquota", text)
+    logfacility: str = setting("mail", one_of(*FACILITIES))
+    loglevel: str = setting("INFO", one_of(*LEVELS))
+    loghandler: str = setting("syslog", one_of("syslog", "stdout"))
+    logaddress: str = setting("", text)  # a socket's path, or a host for UDP; "" is /dev/log
+    logport: int = setting(514, whole(1, 65535))  # UDP
+    quotafile: str = setting("quotarules.json", text)
+    dbtimeout: int = setting(5, whole(2, 60))  # seconds until a decision falls back
+    onfailure: str = setting("DEFER_IF_PERMIT", one_of("DEFER_IF_PERMIT", "OK"))
+    nosasl: str = setting("REJECT", one_of("REJECT", "DUNNO"))  # without sasl_username
+    okaction: str = setting("OK", one_of("OK", "DUNNO"))  # for an accepted send
+    maxconnections: int = setting(2000, whole(1, 100_000))
+    allow: tuple[Network, ...] = setting((), networks)  # who may connect; () is everybody
+    retentiondays: int = setting(30, whole(1, 3650))
+
+    def beside(self, name: str) -> Path:
+        """A path as the configuration means it: relative to the configuration file."""
+        return self.path.parent / name
+
+
+def load_json(path: Path) -> tuple[dict[str, Any], str]:
+    """The object that a JSON file holds, and its text.
+
+    Raises ConfigError for a file that cannot be read, is not UTF-8 or not JSON, holds something
+    other than an object, or the same key twice.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        for name, times in collections.Counter(name for name, _ in pairs).items():
+            if times > 1:
+                raise ConfigError(
+                    f"{place(path, content, name)}: the key stands here {times} times"
+                )
+        return dict(pairs)
+
+    content = ""
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+        found = json.loads(content, object_pairs_hook=unique)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        where = f"{path}, line {error.lineno}, column {error.colno}"
+        raise ConfigError(f"{where}: not JSON: {error.msg}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deep") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f'{path}: must hold one object, {{ "name": value, ... }}')
+    return found, content
+
+
+def place(path: Path, content: str, *keys: str) -> str:
+    """Where a key stands, for messages: file, line and the keys that lead to it."""
+    at = 0
+    for key in keys:
+        spelled = "|".join(re.escape(json.dumps(key, ensure_ascii=a)) for a in (True, False))
+        found = re.compile(rf"(?:{spelled})\s*:").search(content, at)
+        at = found.start() if found else at
+    line = content.count("\n", 0, at) + 1
+    return f"{path}, line {line}: " + ": ".join(json.dumps(k, ensure_ascii=False) for k in keys)
+
+
+def unknown(name: str, known: Iterable[str]) -> str:
+    """The complaint about a name that is not among the known ones, with the nearest of them."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"unknown; did you mean {json.dumps(near[0])}?" if near else "unknown"
+
+
+def load_config(path: Path, environ: Mapping[str, str]) -> Config:
+    """Read saslquota.json; variables of the environment win. Raises ConfigError."""
+    found, content = load_json(path)
+    fields = {f"_{f.name}": f for f in dataclasses.fields(Config) if "read" in f.metadata}
+    for name in found:
+        if name not in fields:
+            raise ConfigError(f"{place(path, content, name)}: {unknown(name, fields)}")
+    values: dict[str, Any] = {}
+    for name, field in fields.items():
+        if name not in found and name not in environ:
+            continue
+        try:
+            values[field.name] = field.metadata["read"](environ.get(name, found.get(name)))
+        except ValueError as error:
+            where = f"environment: {name}" if name in environ else place(path, content, name)
+            raise ConfigError(f"{where}: must be {error}") from None
+    return Config(path=path, **values)
+
+
+# --- Rules ----------------------------------------------------------------------------------------
+
+
+class Window(NamedTuple):
+    """So many recipients in any period of so many seconds."""
+
+    period: int
+    msgquota: int
+
+    def __str__(self) -> str:
+        return f"{self.msgquota} in {self.period} s"
+
+
+class Rule(NamedTuple):
+    """What a sender may send, and the text of the refusal beyond that."""
+
+    key: str
+    windows: tuple[Window, ...]
+    msg: str
+
+
+class Rules:
+    """The rules of one quotarules.json."""
+
+    def __init__(self, rules: dict[str, Rule]) -> None:
+        self._rules = rules
+        self._default = rules["default"]
+
+    def select(self, account: str) -> Rule:
+        """The rule of a login in lower case: its full address's, its domain's, or the default."""
+        rule = self._rules.get(account) or self._rules.get(account.rpartition("@")[2])
+        return rule or self._default
+
+    def __iter__(self) -> Any:
+        return iter(self._rules.values())
+
+
+RULE_FIELDS = {
+    "period": whole(1, 3650 * 86400),  # seconds
+    "msgquota": whole(0, 1_000_000_000),  # recipients
+    "msg": text,
+}
+
+
+def load_rules(path: Path, retention: int) -> Rules:
+    """Read quotarules.json; `retention` is how long sends are kept, in seconds.
+
+    Raises ConfigError that names the file, the line, the rule and what is wrong.
+    """
+    found, content = load_json(path)
+    rules: dict[str, Rule] = {}
+    for key, fields in found.items():
+        name = key.strip().lower()
+        if name in rules:
+            raise ConfigError(f"{place(path, content, key)}: the same key as another, but for case")
+        rules[name] = read_rule(name, fields, retention, lambda *k: place(path, content, *k), key)
+    if "default" not in rules:
+        raise ConfigError(f'{path}: the rule "default" is missing')
+    return Rules(rules)
+
+
+def read_rule(name: str, fields: Any, retention: int, where: Callable[..., str], key: str) -> Rule:
+    """One rule out of what JSON held for it. Raises ConfigError."""
+    if not isinstance(fields, dict):
+        raise ConfigError(f'{where(key)}: must be {{"period": ..., "msgquota": ..., "msg": ...}}')
+    values: dict[str, Any] = {"msg": "sending quota exceeded, try again later"}
+    for field, value in fields.items():
+        if field not in RULE_FIELDS:
+            raise ConfigError(f"{where(key, field)}: {unknown(field, RULE_FIELDS)}")
+        try:
+            values[field] = RULE_FIELDS[field](value)
+        except ValueError as error:
+            raise ConfigError(f"{where(key, field)}: must be {error}") from None
+    for field in RULE_FIELDS:
+        if field not in values:
+            raise ConfigError(f'{where(key)}: "{field}" is missing')
+    msg = values["msg"].strip()
+    if printable(msg) != msg:
+        raise ConfigError(f"{where(key, 'msg')}: must be one line without control characters")
+    if values["period"] > retention:
+        days = f"_retentiondays keeps sends for {retention} seconds only"
+        raise ConfigError(f"{where(key, 'period')}: too long, {days}")
+    return Rule(name, (Window(values["period"], values["msgquota"]),), msg)
+
+
+class RulesFile:
+    """The rules in force: those of the file when it was last read without an error."""
+
+    def __init__(self, path: Path, retention: int) -> None:
+        """Raises ConfigError: a daemon does not start with bad rules."""
+        self.path = path
+        self._retention = retention
+        self._stamp = self._look()
+        self.rules = load_rules(path, retention)
+
+    def _look(self) -> tuple[int, ...] | None:
+        try:
+            found = self.path.stat()
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_size, found.st_ino, found.st_ctime_ns
+
+    def reload(self, *, force: bool = False) -> None:
+        """Read the file if it has changed since the last time; a bad one changes nothing."""
+        stamp = self._look()
+        if stamp == self._stamp and not force:
+            return
+        self._stamp = stamp
+        try:
+            self.rules = load_rules(self.path, self._retention)
+        except ConfigError as error:
+            log.error("rules not read, the old ones stay in force: %s", error)
+        else:
+            log.info("rules read again: %s", describe_rules(self.rules))
+
+
+def describe_rules(rules: Rules) -> str:
+    """The first rules in a few words each."""
+    named = [f"{rule.key} {', '.join(map(str, rule.windows))}" for rule in rules]
+    more = f" and {len(named) - 5} more" if len(named) > 5 else ""
+    return "; ".join(named[:5]) + more
+
+
+# --- Protocol -------------------------------------------------------------------------------------
+
+
+class Request(NamedTuple):
+    """What a policy request says, as far as it matters here. Bytes that are no UTF-8 are kept as
+    surrogates."""
+
+    protocol_state: str
+    sasl_username: str
+    sender: str
+    recipient: str
+    recipient_count: int
+    client_address: str
+    instance: str
+    size: int  # bytes that came over the wire
+
+
+def parse_request(block: bytes) -> Request:
+    """A request from its lines, without the empty one. Raises ProtocolError.
+
+    Only \\n ends a line and only the first = ends a name: a value may hold anything else
+    (SMTPD_POLICY_README, "Protocol description").
+    """
+    lines = block.split(b"\n")
+    if len(lines) > MAX_ATTRIBUTES:
+        raise ProtocolError(f"more than {MAX_ATTRIBUTES} attributes")
+    pairs = [line.split(b"=", 1) for line in lines]
+    try:
+        attributes = {name: value for name, value in pairs}  # noqa: C416 - a short pair must fail
+    except ValueError:
+        raise ProtocolError("a line without =") from None
+    if attributes.get(b"request") != b"smtpd_access_policy":
+        raise ProtocolError("no request=smtpd_access_policy")
+    count = attributes.get(b"recipient_count") or b"0"
+    if not count.isdigit() or len(count) > 7 or int(count) > MAX_RECIPIENTS:
+        raise ProtocolError("recipient_count is no number of recipients")
+
+    def get(name: bytes) -> str:
+        return attributes.get(name, b"").decode("utf-8", "surrogateescape")
+
+    return Request(
+        get(b"protocol_state"),
+        get(b"sasl_username"),
+        get(b"sender"),
+        get(b"recipient"),
+        int(count),
+        get(b"client_address"),
+        get(b"instance"),
+        len(block) + 2,
+    )
+
+
+class RequestStream:
+    """Cuts a stream of bytes into requests.
+
+    `receive(begun)` gives the next bytes, b"" at the end; `begun` tells whether a part of a request
+    has come already.
+    """
+
+    def __init__(self, receive: Callable[[bool], bytes]) -> None:
+        self._receive = receive
+        self._buffer = b""
+
+    def read_request(self) -> Request | None:
+        """The next request; None at the end of the stream or at an empty request.
+
+        Raises ProtocolError for malformed input and whatever `receive` raises.
+        """
+        while True:
+            if self._buffer.startswith(b"\n"):
+                return None
+            block, end, rest = self._buffer.partition(b"\n\n")
+            if len(block) > MAX_REQUEST:
+                raise ProtocolError(f"a request of more than {MAX_REQUEST} bytes")
+            if end:
+                self._buffer = rest
+                return parse_request(block)
+            data = self._receive(bool(self._buffer))
+            if not data:
+                if self._buffer:
+                    raise ProtocolError("the connection ended inside a request")
+                return None
+            self._buffer += data
+
+
+def format_reply(action: str) -> bytes:
+    """The reply to a request: valid UTF-8, and no longer than SMTP can carry."""
+    cut = action.encode("utf-8", "replace")[:MAX_REPLY].decode("utf-8", "ignore")
+    return f"action={cut}\n\n".encode()
+
+
+# --- Ledger ---------------------------------------------------------------------------------------
+
+
+class Charge(NamedTuple):
+    """So many recipients, to be charged to an account if all the windows have room."""
+
+    account: str
+    recipients: int
+    instance: str
+    windows: tuple[Window, ...]
+
+
+class Verdict(NamedTuple):
+    """Accepted or not; and what is used of a window, an accepted charge included."""
+
+    accepted: bool
+    used: int
+    window: Window
+
+
+class Row(NamedTuple):
+    """A row of the ledger. `at` is in microseconds since 1970, UTC."""
+
+    account: str
+    seq: int
+    epoch: int
+    at: int
+    recipients: int
+    total: int
+    instance: str
+    token: int
+
+
+class Head(NamedTuple):
+    """The newest row of an account, as far as it decides."""
+
+    account: str
+    seq: int
+    epoch: int
+    at: int
+    total: int
+
+
+class Mark(NamedTuple):
+    """How far a purge has come; rows are looked at in this order."""
+
+    at: int
+    account: str
+    seq: int
+
+
+class Clock:
+    """The database's clock in microseconds, carried on by the monotonic one; it never goes back."""
+
+    def __init__(self, monotonic: Callable[[], float]) -> None:
+        self.monotonic = monotonic
+        self._offset = 0
+        self._set = float("-inf")
+        self._last = 0
+
+    def set(self, now: int) -> None:
+        self._set = self.monotonic()
+        self._offset = now - int(self._set * 1e6)
+
+    def distrust(self) -> None:
+        """The next reading comes from another connection."""
+        self._set = float("-inf")
+
+    def trusted(self) -> bool:
+        return self.monotonic() - self._set <= CLOCK_TRUST
+
+    def now(self) -> int:
+        self._last = max(self._last, int(self.monotonic() * 1e6) + self._offset)
+        return self._last
+
+
+class Span:
+    """The oldest sends of an account within one period, each with the total before it.
+
+    `complete` when they are all there are; else the store must be asked once these have left.
+    """
+
+    __slots__ = ("complete", "rows")
+
+    def __init__(self, rows: Iterable[tuple[int, int]] = ()) -> None:
+        self.rows = collections.deque(rows)
+        self.complete = len(self.rows) < SPAN_ROWS
+
+    def base(self, start: int, total: int) -> int | None:
+        """The total before the oldest send at or after `start`; None when the store must tell."""
+        rows = self.rows
+        while rows and rows[0][0] < start:
+            rows.popleft()
+        if rows:
+            return rows[0][1]
+        return total if self.complete else None
+
+    def append(self, at: int, before: int) -> None:
+        if self.complete and len(self.rows) < SPAN_ROWS:
+            self.rows.append((at, before))
+        else:
+            self.complete = False
+
+
+class Account:
+    """What the ledger remembers of one account. Exact until another daemon appends to it, which
+    makes our own append collide."""
+
+    __slots__ = ("at", "epoch", "read", "seq", "spans", "total")
+
+    def __init__(self, head: Head, read: float) -> None:
+        self.seq, self.epoch, self.at, self.total = head.seq, head.epoch, head.at, head.total
+        self.read = read  # monotonic seconds
+        self.spans: dict[int, Span] = {}  # by period
+
+    def used(self, period: int, now: int) -> int | None:
+        """Recipients in the period that ends now; None when the store must be asked."""
+        span = self.spans.get(period)
+        base = span.base(now - period * 1_000_000, self.total) if span else None
+        return None if base is None else self.total - base
+
+    def append(self, charge: Charge, at: int, token: int) -> Row:
+        self.seq += 1
+        self.at = at
+        for span in self.spans.values():
+            span.append(at, self.total)
+        self.total += charge.recipients
+        n, instance = charge.recipients, charge.instance
+        return Row(charge.account, self.seq, self.epoch, at, n, self.total, instance, token)
+
+
+class Ledger:
+    """Decides charges and makes the accepted ones durable before it says so.
+
+    An append-only chain of rows for each account; what is used of a window is the difference of two
+    totals. Decisions come from remembered windows, and the primary key (account, seq) proves them:
+    had another daemon appended meanwhile, our INSERT would collide and write nothing.
+    """
+
+    def __init__(
+        self, store: Store, retention: int, monotonic: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._store = store
+        self._retention = retention * 1_000_000
+        self._clock = Clock(monotonic)
+        self._monotonic = monotonic
+        self._accounts: collections.OrderedDict[str, Account] = collections.OrderedDict()
+        self._purged = Mark(0, "", 0)
+
+    def open(self) -> None:
+        """Connect the store anew; nothing is known on a new connection. Raises Unavailable."""
+        self._accounts.clear()
+        self._clock.distrust()
+        self._store.open()
+        log.info("counting in %s", self._store)
+
+    def close(self) -> None:
+        self._store.close()
+
+    def charge(self, charges: Sequence[Charge], deadline: float) -> list[Verdict]:
+        """Decide the charges in their order. `deadline` is in monotonic seconds.
+
+        Raises Unavailable when the store cannot be used; whether rows were written is then unknown.
+        """
+        rows: list[Row] = []  # under way: decided, and not known to be refused
+        verdicts: list[Verdict] = []
+        uncertain = False  # whether an INSERT of these rows may still arrive
+        collisions = failures = 0
+        while True:
+            try:
+                if uncertain:
+                    owners = self._store.tokens(rows)
+                    if rows[0].token in owners:
+                        return verdicts
+                    uncertain = not owners  # another's row: ours can never get in
+                if not uncertain:
+                    rows, verdicts = [], []
+                    rows, verdicts = self._decide(charges, locked=collisions >= PATIENCE)
+                self._store.append(rows)
+                return verdicts
+            except Conflict:
+                collisions += 1
+                self._forget(charges)
+            except Unavailable:
+                failures += 1
+                if failures == ATTEMPTS:
+                    raise
+                uncertain = bool(rows)
+                self.open()
+            if self._monotonic() >= deadline:
+                raise Unavailable("the store did not answer in time")
+
+    def _forget(self, charges: Sequence[Charge]) -> None:
+        self._store.rollback()
+        for charge in charges:
+            self._accounts.pop(charge.account, None)
+
+    def _decide(
+        self, charges: Sequence[Charge], *, locked: bool
+    ) -> tuple[list[Row], list[Verdict]]:
+        """The verdicts, and the rows that must be written to make them true."""
+        now = self._refresh(charges, locked=locked)
+        token = random.getrandbits(63)
+        rows: list[Row] = []
+        verdicts = []
+        for charge in charges:
+            account = self._accounts[charge.account]
+            at = max(now, account.at)
+            verdict = self._judge(charge, account, at)
+            verdicts.append(verdict)
+            if verdict.accepted:
+                rows.append(account.append(charge, at, token))
+        rows.sort()  # by account: two daemons lock rows in the same order
+        return rows, verdicts
+
+    @staticmethod
+    def _judge(charge: Charge, account: Account, at: int) -> Verdict:
+        used = 0
+        for window in charge.windows:
+            used = account.used(window.period, at) or 0  # never None after _refresh
+            if used + charge.recipients > window.msgquota:
+                return Verdict(False, used, window)
+        return Verdict(True, used + charge.recipients, window)
+
+    def _refresh(self, charges: Sequence[Charge], *, locked: bool) -> int:
+        """Read what the decision lacks; return its now, in microseconds."""
+        if not locked and self._clock.trusted():
+            now = self._clock.now()
+            stale = self._stale(charges, now)
+        else:
+            self._clock.set(self._store.now())
+            now = self._clock.now()
+            stale = {charge.account for charge in charges}
+        if stale:
+            self._read([c for c in charges if c.account in stale], now, locked=locked)
+        while len(self._accounts) > CACHED_ACCOUNTS:
+            self._accounts.popitem(last=False)
+        return now
+
+    def _stale(self, charges: Sequence[Charge], now: int) -> set[str]:
+        """The accounts whose memory does not suffice: never read, windows used up, or about to
+        refuse for a reason that was read too long ago."""
+        stale = set()
+        demand: dict[str, int] = {}
+        oldest = self._monotonic() - CLOCK_TRUST
+        for charge in charges:
+            account = self._accounts.get(charge.account)
+            if account is None:
+                stale.add(charge.account)
+                continue
+            self._accounts.move_to_end(charge.account)
+            wanted = demand[charge.account] = demand.get(charge.account, 0) + charge.recipients
+            at = max(now, account.at)
+            for window in charge.windows:
+                used = account.used(window.period, at)
+                if used is None or (used + wanted > window.msgquota and account.read < oldest):
+                    stale.add(charge.account)
+        return stale
+
+    def _read(self, charges: Sequence[Charge], now: int, *, locked: bool) -> None:
+        """Read heads and windows of the charges' accounts."""
+        names = sorted({charge.account for charge in charges})
+        heads = {head.account: head for head in self._store.heads(names, lock=locked)}
+        read = self._monotonic()
+        for name in names:
+            head = heads.get(name) or Head(name, 0, 1, 0, 0)
+            self._accounts[name] = Account(head, read)
+            if head.at > now + FUTURE:
+                ahead = (head.at - now) / 1e6
+                log.error("account %s: a send is dated %.0f s ahead of the clock", name, ahead)
+        wanted: dict[tuple[str, int], tuple[str, int, int]] = {}
+        for charge in charges:
+            account = self._accounts[charge.account]
+            for window in charge.windows:
+                start = max(now, account.at) - window.period * 1_000_000
+                account.spans[window.period] = Span()
+                if account.at >= start:  # else even the newest send has left
+                    wanted[charge.account, window.period] = (charge.account, account.epoch, start)
+        found = self._store.oldest(list(wanted.values()))
+        for (name, period), rows in zip(wanted, found, strict=True):
+            self._accounts[name].spans[period] = Span(rows)
+
+    def purge(self) -> bool:
+        """Delete some sends older than the retention; False when there are no more.
+
+        Raises StoreError.
+        """
+        cutoff = self._store.now() - self._retention
+        last = self._store.purge(cutoff, self._purged)
+        self._purged = last or Mark(0, "", 0)
+        return last is not None
+
+
+# --- Stores ---------------------------------------------------------------------------------------
+
+COLUMNS = ", ".join(Row._fields)
+
+
+class Store:
+    """The table `sends`, in SQL that SQLite, MariaDB and MySQL share.
+
+    Used by one thread. Every method raises Conflict or Unavailable. A subclass says how to connect,
+    how to run a statement, and how its database writes a time: AT reads the column as microseconds
+    since 1970, TIME makes a time of them.
+    """
+
+    AT = "at"
+    TIME = "?"
+    BEGIN = "BEGIN"
+    LOCK = ""
+
+    def __init__(self) -> None:
+        self._locked = False
+
+    def open(self) -> None:
+        """Connect anew and make sure that sends can be read and written."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def now(self) -> int:
+        """The database's time in microseconds since 1970, UTC."""
+        raise NotImplementedError
+
+    def _run(self, sql: str, values: Sequence[int | str] = ()) -> list[Any]:
+        """Run a statement with a value for each `?`; return its rows."""
+        raise NotImplementedError
+
+    def _each(self, sql: str, many: Sequence[Sequence[int | str]]) -> list[Any]:
+        """The rows that a SELECT gives for each of several lists of values, all together."""
+        return [row for values in many for row in self._run(sql, values)]
+
+    def heads(self, accounts: Sequence[str], *, lock: bool = False) -> list[Head]:
+        """The newest row of each account that has one. With `lock` nobody else can append to these
+        accounts until append() or rollback()."""
+        if lock:
+            self._run(self.BEGIN)
+            self._locked = True
+        columns = f"account, seq, epoch, {self.AT}, total"
+        newest = f"SELECT {columns} FROM sends WHERE account = ? ORDER BY seq DESC LIMIT 1"
+        found = self._each(newest + (self.LOCK if lock else ""), [(name,) for name in accounts])
+        return [Head(*row) for row in found]
+
+    def oldest(self, spans: Sequence[tuple[str, int, int]]) -> list[list[tuple[int, int]]]:
+        """For each (account, epoch, start): time, and total before it, of the oldest sends at or
+        after start, SPAN_ROWS at the most."""
+        found: list[list[tuple[int, int]]] = [[] for _ in spans]
+        numbered = [(number, *span) for number, span in enumerate(spans)]
+        select = (
+            f"SELECT ?, {self.AT}, total - recipients FROM sends WHERE account = ? AND epoch = ?"
+            f" AND at >= {self.TIME} ORDER BY at, seq LIMIT {SPAN_ROWS}"
+        )
+        for number, at, before in sorted(self._each(select, numbered)):
+            found[number].append((at, before))
+        return found
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Write all the rows or none; they are durable when this returns."""
+        if rows:
+            row = f"(?, ?, ?, {self.TIME}, ?, ?, ?, ?)"
+            values = [value for row in rows for value in row]
+            insert = f"INSERT INTO sends ({COLUMNS}) VALUES " + ", ".join([row] * len(rows))
+            self._run(insert, values)
+        if self._locked:
+            self._run("COMMIT")
+            self._locked = False
+
+    def rollback(self) -> None:
+        """Give up the locks of heads(), if any; a connection that breaks here shows at its next
+        use."""
+        if self._locked:
+            self._locked = False
+            with contextlib.suppress(StoreError):
+                self._run("ROLLBACK")
+
+    def tokens(self, rows: Sequence[Row]) -> set[int]:
+        """The tokens of whatever stands at these rows' keys."""
+        select = "SELECT token FROM sends WHERE account = ? AND seq = ?"
+        return {token for (token,) in self._each(select, [(r.account, r.seq) for r in rows])}
+
+    def purge(self, before: int, after: Mark) -> Mark | None:
+        """Look at some rows older than `before`, on from `after`, and delete those that are not
+        their account's newest. Returns how far it came, None when it is through."""
+        newer = "SELECT 1 FROM sends AS n WHERE n.account = s.account AND n.seq > s.seq"
+        found = self._run(
+            f"SELECT {self.AT}, account, seq, EXISTS ({newer}) FROM sends AS s"
+            f" WHERE at < {self.TIME} AND at >= {self.TIME} AND (at > {self.TIME}"
+            " OR account > ? OR (account = ? AND seq > ?))"
+            f" ORDER BY at, account, seq LIMIT {PURGE_ROWS}",
+            (before, after.at, after.at, after.account, after.account, after.seq),
+        )
+        old = [(account, seq) for _, account, seq, superseded in found if superseded]
+        if old:
+            keys = " OR ".join(["(account = ? AND seq = ?)"] * len(old))
+            self._run(f"DELETE FROM sends WHERE {keys}", [value for key in old for value in key])
+        return Mark(*found[-1][:3]) if len(found) == PURGE_ROWS else None
+
+
+class SQLiteStore(Store):
+    """The embedded ledger: a file in WAL mode, every commit synced to disk. Several daemons on one
+    machine may share it."""
+
+    BEGIN = "BEGIN IMMEDIATE"
+    SCHEMA = (
+        "CREATE TABLE IF NOT EXISTS sends (account TEXT NOT NULL, seq INTEGER NOT NULL,"
+        " epoch INTEGER NOT NULL, at INTEGER NOT NULL, recipients INTEGER NOT NULL,"
+        " total INTEGER NOT NULL, instance TEXT NOT NULL, token INTEGER NOT NULL,"
+        " PRIMARY KEY (account, seq)) WITHOUT ROWID",
+        "CREATE INDEX IF NOT EXISTS sends_window"
+        " ON sends (account, epoch, at, seq, total, recipients)",
+        "CREATE INDEX IF NOT EXISTS sends_at ON sends (at)",
+    )
+
+    def __init__(self, path: Path, timeout: float) -> None:
+        super().__init__()
+        self._path = path
+        self._timeout = timeout  # seconds to wait for another process's lock
+        self._connection: sqlite3.Connection | None = None
+        self._inode = 0
+
+    def __str__(self) -> str:
+        return f"SQLite {self._path}"
+
+    def open(self) -> None:
+        self.close()
+        try:
+            self._connection = sqlite3.connect(
+                self._path, timeout=self._timeout, isolation_level=None
+            )
+            for statement in ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL"):
+                self._run(statement)
+            for statement in self.SCHEMA:
+                self._run(statement)
+            self._run("BEGIN IMMEDIATE")
+            self._run("ROLLBACK")
+            self._inode = self._path.stat().st_ino
+        except (sqlite3.Error, StoreError, OSError) as error:
+            self.close()
+            raise Unavailable(f"{self._path}: {error}") from None
+
+    def close(self) -> None:
+        self._locked = False
+        if self._connection:
+            with contextlib.suppress(sqlite3.Error):
+                self._connection.close()
+            self._connection = None
+
+    def now(self) -> int:
+        try:
+            if self._path.stat().st_ino != self._inode:
+                raise Unavailable(f"{self._path}: replaced by another file")
+        except OSError as error:
+            raise Unavailable(f"{self._path}: {error.strerror}") from None
+        return time.time_ns() // 1000
+
+    def _run(self, sql: str, values: Sequence[int | str] = ()) -> list[Any]:
+        if not self._connection:
+            raise Unavailable("not connected")
+        try:
+            return self._connection.execute(sql, values).fetchall()
+        except sqlite3.IntegrityError as error:
+            raise Conflict(str(error)) from None
+        except sqlite3.Error as error:
+            busy = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            if busy in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                raise Conflict(str(error)) from None
+            raise Unavailable(str(error)) from None
+
+    def check(self) -> str:
+        """What --check says of the store. Opens the file without touching it."""
+        if not self._path.exists():
+            if os.access(self._path.parent, os.W_OK):
+                return f"{self}: will be made at the first start"
+            raise Unavailable(f"{self._path}: no such file, and its directory is not writable")
+        # Without a -wal file nobody has it open; "immutable" keeps SQLite from making one.
+        mode = "mode=ro" if Path(f"{self._path}-wal").exists() else "immutable=1"
+        uri = f"{self._path.absolute().as_uri()}?{mode}"
+        try:
+            self._connection = sqlite3.connect(uri, uri=True, timeout=self._timeout)
+            self._run(f"SELECT {COLUMNS} FROM sends LIMIT 0")
+        except (sqlite3.Error, StoreError) as error:
+            raise Unavailable(f"{self._path}: {error}") from None
+        finally:
+            self.close()
+        if not os.access(self._path, os.W_OK):
+            raise Unavailable(f"{self._path}: not writable")
+        return f"{self}: table sends found"
+
+
+def load_connector() -> Any:
+    """mysql-connector-python. Its C extension brings a libssl of its own, which on Debian 12 does
+    not load any more when the interpreter's ssl has come first."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("_mysql_connector")
+    try:
+        return importlib.import_module("mysql.connector")
+    except ImportError:
+        raise Unavailable(
+            "mysql-connector-python is missing: run /opt/saslquota/venv/bin/pip install"
+            " mysql-connector-python (or pip install with the Python that runs saslquota)"
+        ) from None
+
+
+class MySQLStore(Store):
+    """The ledger in MySQL or MariaDB; on the nodes of a Galera cluster, too."""
+
+    AT = "TIMESTAMPDIFF(MICROSECOND, '1970-01-01', at)"
+    TIME = "TIMESTAMP '1970-01-01 00:00:00' + INTERVAL ? MICROSECOND"
+    LOCK = " FOR UPDATE"
+    # 1062 duplicate key, 1213 deadlock (Galera: certification), 1205 lock wait, 3101 Group
+    # Replication, 1020 record changed since the snapshot (MariaDB 11)
+    CONFLICTS = frozenset({1062, 1213, 1205, 3101, 1020})
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self._config = config
+        self._hosts = collections.deque(config.myhost)
+        self._connection: Any = None
+        self._error: type[Exception] = StoreError
+        self._cluster = False
+        self.connector = ""  # which implementation runs
+
+    def __str__(self) -> str:
+        return f"MySQL {self._config.mydb} on {', '.join(self._config.myhost)}"
+
+    def open(self) -> None:
+        """Connect to the first host that takes sends, beginning with the last that did."""
+        self.close()
+        connector = load_connector()
+        self._error = connector.Error
+        self.connector = "C extension" if connector.HAVE_CEXT else "pure Python"
+        failures = []
+        for _ in range(len(self._hosts)):
+            try:
+                self._connect(connector, self._hosts[0])
+                return
+            except (self._error, StoreError, OSError) as error:
+                self.close()
+                failures.append(f"{self._hosts[0]}: {self._explain(error)}")
+                self._hosts.rotate(-1)
+        raise Unavailable("; ".join(failures))
+
+    def _connect(self, connector: Any, name: str) -> None:
+        config = self._config
+        patience = max(1, config.dbtimeout // 2)  # whole seconds; leaves time for a second try
+        where: dict[str, Any] = {"unix_socket": name.removeprefix("unix:")}
+        if not name.startswith("unix:"):
+            host, port = split_host(name, config.myport)
+            where = {"host": host, "port": port}
+        self._connection = connector.connect(
+            **where,
+            user=config.myuser,
+            password=config.mypasswd,
+            database=config.mydb,
+            charset="utf8mb4",
+            collation="utf8mb4_bin",
+            autocommit=True,
+            use_pure=not connector.HAVE_CEXT,
+            connection_timeout=patience,
+            read_timeout=patience,
+            write_timeout=patience,
+        )
+        lock = max(1, patience - 1)
+        self._run(f"SET SESSION innodb_lock_wait_timeout = {lock}, lock_wait_timeout = {lock}")
+        self._run("SET SESSION sql_mode = 'STRICT_ALL_TABLES'")
+        self._run("SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        self._cluster = bool(self._run("SHOW VARIABLES LIKE 'wsrep_sync_wait'"))
+        self._run(f"SELECT {COLUMNS} FROM sends LIMIT 0")
+        # Writes nothing, but fails wherever a send would: read-only, a global lock, no right to.
+        self._run(f"INSERT INTO sends ({COLUMNS}) SELECT {COLUMNS} FROM sends WHERE FALSE")
+
+    def _explain(self, error: Exception) -> str:
+        """The error with its remedy, where there is one."""
+        config = self._config
+        grant = f"grant all on {config.mydb}.* to the user of the error message"
+        remedies = {
+            1044: grant,
+            1045: f"check _myuser and _mypasswd in {config.path}, and {grant}",
+            1049: f"create database {config.mydb}",
+            1054: f"the table sends is not that of mysql.sql; run mysql {config.mydb} < mysql.sql"
+            " after renaming it",
+            1142: grant,
+            1146: f"run mysql {config.mydb} < mysql.sql",
+            2002: "is the server running? check _myhost",
+            2003: "is the server running? check _myhost and _myport",
+        }
+        cause = error.__cause__ or error
+        number = getattr(cause, "errno", None)
+        message = " ".join(str(error).split())
+        return f"{message} - {remedies[number]}" if number in remedies else message
+
+    def close(self) -> None:
+        self._locked = False
+        if self._connection:
+            with contextlib.suppress(self._error, OSError):
+                self._connection.close()
+            self._connection = None
+
+    def now(self) -> int:
+        (row,) = self._run("SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(6))")
+        return int(row[0])
+
+    @staticmethod
+    def _write(sql: str, values: Sequence[int | str]) -> str:
+        """The statement with its values as literals. Texts go as hexadecimal: there is nothing to
+        escape, whatever the server's sql_mode."""
+        literals = (
+            f"_utf8mb4 x'{value.encode().hex()}'" if isinstance(value, str) else str(value)
+            for value in values
+        )
+        return sql.replace("?", "%s") % tuple(literals)
+
+    def _run(self, sql: str, values: Sequence[int | str] = ()) -> list[Any]:
+        if not self._connection:
+            raise Unavailable("not connected")
+        try:
+            with contextlib.closing(self._connection.cursor()) as cursor:
+                cursor.execute(self._write(sql, values) if values else sql)
+                return cursor.fetchall() if cursor.with_rows else []
+        except (self._error, OSError) as error:
+            kind = Conflict if getattr(error, "errno", None) in self.CONFLICTS else Unavailable
+            raise kind(str(error)) from error
+
+    def _each(self, sql: str, many: Sequence[Sequence[int | str]]) -> list[Any]:
+        """In one statement: a round trip may be long."""
+        return self._run(" UNION ALL ".join(f"({self._write(sql, values)})" for values in many))
+
+    def tokens(self, rows: Sequence[Row]) -> set[int]:
+        if self._cluster:  # on Galera another node's commit may be on its way still
+            self._run("SET SESSION wsrep_sync_wait = 1")
+        found = super().tokens(rows)
+        if self._cluster:
+            self._run("SET SESSION wsrep_sync_wait = 0")
+        return found
+
+    def check(self) -> str:
+        """What --check says of the store. Raises Unavailable."""
+        self.open()
+        (row,) = self._run("SELECT VERSION()")
+        self.close()
+        return f"{self}: {row[0]}, table sends found, connector: {self.connector}"
+
+
+# --- Committer ------------------------------------------------------------------------------------
+
+
+class Job(NamedTuple):
+    """A charge on its way to the ledger and back."""
+
+    charge: Charge
+    deadline: float  # monotonic seconds
+    mailbox: queue.SimpleQueue[Verdict | None]
+
+
+class Committer(threading.Thread):
+    """The one thread that uses the ledger. Whatever arrives while it commits becomes its next
+    batch; it waits for nothing else."""
+
+    def __init__(self, ledger: Ledger, timeout: float) -> None:
+        super().__init__(name="committer", daemon=True)
+        self._ledger = ledger
+        self._timeout = timeout  # seconds until a decision falls back
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._open = False
+        self._down = False  # known to be: nobody waits for it
+        self._stopping = False
+        self._due = 0.0  # monotonic seconds; when the next chore is
+        self._complained: float | None = None  # when the log was told of a trouble that lasts
+
+    # For the connections' threads.
+
+    def submit(self, charge: Charge) -> Verdict | None:
+        """The ledger's verdict; None when there is none in time, or the store is down."""
+        if self._down:
+            return None
+        mailbox: queue.SimpleQueue[Verdict | None] = queue.SimpleQueue()
+        self._jobs.put(Job(charge, time.monotonic() + self._timeout, mailbox))
+        try:
+            return mailbox.get(timeout=self._timeout)
+        except queue.Empty:
+            return None
+
+    def stop(self, timeout: float) -> None:
+        """Finish what has been submitted and end, within so many seconds."""
+        self._jobs.put(None)
+        self.join(timeout)
+
+    # The thread itself.
+
+    def run(self) -> None:
+        while not self._stopping:
+            if time.monotonic() >= self._due:
+                self._chore()
+            jobs = self._take()
+            if jobs:
+                self._serve(jobs)
+        self._ledger.close()
+
+    def _take(self) -> list[Job]:
+        """Wait for a job, or until the next chore; take all that wait."""
+        jobs: list[Job] = []
+        with contextlib.suppress(queue.Empty):
+            job = self._jobs.get(timeout=max(0.0, self._due - time.monotonic()))
+            while job is not None:
+                jobs.append(job)
+                if len(jobs) == MAX_BATCH:
+                    return jobs
+                job = self._jobs.get_nowait()
+            self._stopping = True
+        return jobs
+
+    def _serve(self, jobs: Sequence[Job]) -> None:
+        now = time.monotonic()
+        jobs = [job for job in jobs if job.deadline > now]  # the others have been given up
+        verdicts: Sequence[Verdict | None] = [None] * len(jobs)
+        try:
+            if jobs and self._open:
+                deadline = max(job.deadline for job in jobs)
+                verdicts = self._ledger.charge([job.charge for job in jobs], deadline)
+                self._succeed()
+        except Exception as error:  # not even a bug may end the thread that everybody waits for
+            self._fail(error)
+        for job, verdict in zip(jobs, verdicts, strict=True):
+            job.mailbox.put(verdict)
+
+    def _chore(self) -> None:
+        """Open the store, or purge it a little."""
+        pause = PURGE_PAUSE
+        try:
+            if not self._open:
+                self._ledger.open()
+                self._open, self._down = True, False
+            elif not self._ledger.purge():
+                pause = PURGE_INTERVAL
+        except Conflict as error:
+            log.debug("purge put off: %s", error)
+        except Exception as error:  # as in _serve
+            if self._open:  # an idle connection that broke is no outage: open it anew at once
+                self._open, pause = False, 0.0
+            else:
+                self._fail(error)
+                pause = RETRY
+        self._due = time.monotonic() + pause
+
+    def _succeed(self) -> None:
+        if self._complained is not None:
+            self._complained = None
+            log.warning("sends are counted again")
+
+    def _fail(self, error: Exception) -> None:
+        """Give everybody the fallback at once until the store can be opened again."""
+        self._open, self._down = False, True
+        now = time.monotonic()
+        self._due = now + RETRY
+        if self._complained is None or now - self._complained >= REMINDER:
+            self._complained = now
+            bug = None if isinstance(error, StoreError) else error
+            log.error("sends are not counted, the store cannot be used: %s", error, exc_info=bug)
+        with contextlib.suppress(queue.Empty):
+            while job := self._jobs.get_nowait():
+                job.mailbox.put(None)
+            self._stopping = True
+
+
+# --- Policy ---------------------------------------------------------------------------------------
+
+
+class Answer(NamedTuple):
+    """The action for Postfix, and why."""
+
+    action: str
+    rule: Rule | None = None
+    verdict: Verdict | None = None
+    reason: str = ""  # why nothing was counted
+
+
+class Policy:
+    """Decides what is answered to a request."""
+
+    COUNTED = frozenset({"MAIL", "RCPT", "DATA", "END-OF-MESSAGE"})
+    PER_MESSAGE = frozenset({"DATA", "END-OF-MESSAGE"})  # once, with the number of recipients
+
+    def __init__(self, config: Config, rules: RulesFile, committer: Committer) -> None:
+        self._rules = rules
+        self._committer = committer
+        self._accept = config.okaction
+        self._nosasl = "REJECT authentication required" if config.nosasl == "REJECT" else "DUNNO"
+        fallback = "DEFER_IF_PERMIT quota service unavailable, try again later"
+        self._fallback = "OK" if config.onfailure == "OK" else fallback
+
+    def check(self, request: Request) -> Answer:
+        """Charge the sender, and say what Postfix shall do. Waits for the store."""
+        if request.protocol_state not in self.COUNTED:
+            return Answer("DUNNO", reason=f"asked at {request.protocol_state}")
+        account = valid(request.sasl_username.strip().lower())  # Bob@x and `bob@x ` are one sender
+        if not account:
+            return Answer(self._nosasl, reason="no sasl_username")
+        if len(account) > MAX_ACCOUNT:
+            return Answer("REJECT login name too long", reason="sasl_username is too long")
+        rule = self._rules.rules.select(account)
+        instance = valid(request.instance)[:MAX_INSTANCE]
+        verdict = self._committer.submit(Charge(account, cost(request), instance, rule.windows))
+        if verdict is None:
+            return Answer(self._fallback, rule, reason="the store did not answer")
+        return Answer(self._accept if verdict.accepted else f"REJECT {rule.msg}", rule, verdict)
+
+
+def cost(request: Request) -> int:
+    """How many recipients a request stands for."""
+    per_message = request.protocol_state in Policy.PER_MESSAGE
+    return max(1, request.recipient_count) if per_message else 1
+
+
+def valid(value: str) -> str:
+    """The value as UTF-8 that every database takes: bytes that were none are spelled out."""
+    return value.encode("utf-8", "backslashreplace").decode()
+
+
+# --- Server ---------------------------------------------------------------------------------------
+
+
+class Seldom:
+    """Lets something be said once in so many seconds."""
+
+    def __init__(self, interval: float) -> None:
+        self._interval = interval
+        self._last = float("-inf")
+
+    def due(self) -> bool:
+        now = time.monotonic()
+        if now - self._last < self._interval:
+            return False
+        self._last = now
+        return True
+
+
+class PolicyHandler(socketserver.BaseRequestHandler):
+    """One connection, in a thread of its own: reads requests, answers them, then logs them."""
+
+    request: socket.socket
+    server: PolicyServer
+    numbers = itertools.count(1)
+
+    def setup(self) -> None:
+        self.number = next(self.numbers)
+        self._started = time.monotonic()
+        self.idle_since: float | None = self._started  # None while a request is under way
+        self._deadline: float | None = self._started + self.server.patience
+        self.server.handlers.add(self)
+        self.request.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        # The kernel bounds the taking of a reply; settimeout() would cost a poll() for each.
+        limit = struct.pack("ll", self.server.patience, 0)
+        self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        log.debug("[%d] thread started", self.number)
+
+    def handle(self) -> None:
+        stream = RequestStream(self._receive)
+        try:
+            while request := stream.read_request():
+                self.idle_since = None
+                answer = self.server.policy.check(request)
+                self.request.sendall(format_reply(answer.action))
+                self._log(request, answer)
+                self.idle_since, self._deadline = time.monotonic(), None
+        except ProtocolError as error:
+            log.warning("[%d] malformed input, connection closed: %s", self.number, error)
+        except (TimeoutError, BlockingIOError):
+            log.info("[%d] connection closed, it took more than _bindtimeout", self.number)
+        except OSError as error:
+            log.info("[%d] connection lost: %s", self.number, error.strerror)
+
+    def finish(self) -> None:
+        self.server.handlers.discard(self)
+        log.debug("[%d] thread stopped : (%.4f)", self.number, time.monotonic() - self._started)
+
+    def _receive(self, begun: bool) -> bytes:
+        """The next bytes. Between requests it waits for ever: Postfix keeps its connections. The
+        first request, and one that has begun, have a deadline. Raises TimeoutError."""
+        if begun and self._deadline is None:
+            self._deadline = time.monotonic() + self.server.patience
+        if self._deadline is not None:
+            left = self._deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            self.request.settimeout(left)
+        elif self.request.gettimeout() is not None:
+            self.request.settimeout(None)
+        return self.request.recv(65536)
+
+    def _log(self, request: Request, answer: Answer) -> None:
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("[%d] end of recv: (%d)", self.number, request.size)
+            if answer.rule:
+                log.debug("[%d] quota rule selected: (%s)", self.number, answer.rule.key)
+            log.debug("thread count: %d", len(self.server.handlers) + 1)
+        if answer.verdict:
+            level = logging.INFO if answer.verdict.accepted else logging.WARNING
+        elif answer.action != "DUNNO":
+            level = logging.WARNING
+        else:
+            level = logging.DEBUG
+            if self.server.uncounted.due():
+                log.warning("nothing is counted: %s; see smtpd_delay_reject", answer.reason)
+        if log.isEnabledFor(level):
+            log.log(level, "[%d] %s", self.number, printable(verdict_line(request, answer)))
+
+
+def verdict_line(request: Request, answer: Answer) -> str:
+    """What the log tells of a decision."""
+    rule, verdict = answer.rule, answer.verdict
+    decided, msg = f"not counted ({answer.reason}), action={answer.action}", ""
+    if rule and verdict:
+        used, (period, quota) = verdict.used, verdict.window
+        share = 100 * used / quota if quota else 100
+        action = "ACCEPT" if verdict.accepted else "REJECT"
+        decided = f"rule={rule.key}, quota {used}/{quota} ({share:.2f}%), period={period}, action={action}"
+        msg = "" if verdict.accepted else f", msg={rule.msg}"
+    return (
+        f"sasl_username={request.sasl_username}, rcpt={request.recipient}, {decided}, "
+        f"sender={request.sender}, client_address={request.client_address}, "
+        f"instance={request.instance}{msg}"
+    )
+
+
+class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
+    """Listens, and starts a PolicyHandler for each connection."""
+
+    allow_reuse_address = True
+    daemon_threads = True
+    request_queue_size = 1024
+
+    def __init__(self, config: Config, policy: Policy) -> None:
+        """Raises ConfigError when the address cannot be listened on."""
+        self.policy = policy
+        self.patience = config.bindtimeout
+        self.handlers: set[PolicyHandler] = set()
+        self.uncounted = Seldom(REMINDER)
+        self._refused = Seldom(1.0)
+        self._allow = config.allow
+        self._path = config.bind.removeprefix("unix:") if config.bind.startswith("unix:") else ""
+        self.capacity = min(config.maxconnections, raise_descriptor_limit() - 32)  # connections
+        where = config.bind if self._path else f"{config.bind}:{config.bindport}"
+        try:
+            self._listen(config)
+        except OSError as error:
+            reason = f"cannot listen on {where}: {error.strerror or error}"
+            raise ConfigError(f"{config.path}: {reason}; see _bind and _bindport") from None
+
+    def _listen(self, config: Config) -> None:
+        if self._path:
+            remove_stale_socket(self._path)
+            self.address_family = socket.AF_UNIX
+            super().__init__(self._path, PolicyHandler)  # type: ignore[arg-type]
+            os.chmod(self._path, 0o660)
+            return
+        found = socket.getaddrinfo(config.bind, config.bindport, type=socket.SOCK_STREAM)
+        self.address_family, address = found[0][0], found[0][4]
+        super().__init__(address[:2], PolicyHandler)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        if self._path:
+            return f"unix:{self._path}"
+        host, port = self.server_address[:2]
+        return f"[{host!s}]:{port}" if ":" in str(host) else f"{host!s}:{port}"
+
+    def get_request(self) -> tuple[Any, Any]:
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._make_room()
+                time.sleep(0.01)  # the thread of that connection needs a moment to end
+            raise
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Whether a client may connect; makes room for it."""
+        if self._allow and not self._path:
+            address = ipaddress.ip_address(client_address[0].partition("%")[0])
+            address = getattr(address, "ipv4_mapped", None) or address
+            if not any(address in network for network in self._allow):
+                if self._refused.due():
+                    log.warning("connection from %s refused, see _allow", address)
+                return False
+        if len(self.handlers) >= self.capacity:
+            self._make_room()
+        return True
+
+    def _make_room(self) -> None:
+        """Close the connection that has been idle longest."""
+        idle = [(h.idle_since, h.number, h) for h in list(self.handlers) if h.idle_since]
+        if idle:
+            _, number, handler = min(idle)
+            log.warning("[%d] closed to make room for another, see _maxconnections", number)
+            handler.idle_since = None
+            hang_up(handler.request, socket.SHUT_RDWR)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.exception("a connection ended with an error")
+
+    def drain(self, timeout: float) -> None:
+        """Take no more connections; answer the requests under way, in so many seconds."""
+        self.shutdown()
+        self.server_close()
+        for handler in list(self.handlers):
+            hang_up(handler.request, socket.SHUT_RD)  # what has arrived is still read
+        deadline = time.monotonic() + timeout
+        while self.handlers and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def server_close(self) -> None:
+        super().server_close()
+        if self._path:
+            with contextlib.suppress(OSError):
+                os.unlink(self._path)
+
+
+def hang_up(connection: socket.socket, how: int) -> None:
+    with contextlib.suppress(OSError):
+        connection.shutdown(how)
+
+
+def raise_descriptor_limit() -> int:
+    """Raise the soft limit, 1,024 under supervisord, to the hard one; return what holds now."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def remove_stale_socket(path: str) -> None:
+    """Remove a socket that a dead daemon left. Raises OSError when a live one answers there."""
+    with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(FileNotFoundError):
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+        else:
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+
+# --- Logging --------------------------------------------------------------------------------------
+
+
+def printable(line: str) -> str:
+    """The line with control characters and broken UTF-8 spelled out: it stays one line, and
+    UTF-8."""
+    if line.isprintable():
+        return line
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
+class LogQueue(logging.handlers.QueueHandler):
+    """Hands records to the one thread that writes them: a log that is stuck holds up no reply."""
+
+    queue: queue.SimpleQueue[logging.LogRecord]
+    lost = 0
+
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        return record  # nothing in it changes any more, nor does it leave the process
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        if self.queue.qsize() >= LOG_BACKLOG:
+            self.lost += 1
+            return
+        if self.lost:
+            lost, self.lost = self.lost, 0
+            fields = {"levelno": logging.ERROR, "levelname": "ERROR"}
+            self.queue.put(logging.makeLogRecord({**fields, "msg": f"{lost} log lines were lost"}))
+        self.queue.put(record)
+
+
+def start_logging(config: Config) -> Callable[[], None]:
+    """Log as configured; return what ends it and waits for the last lines, a second at the most."""
+    handler, target = log_handler(config)
+    handler.createLock = lambda: None
+    handler.lock = None  # one thread writes; at exit nobody shall wait for a log that is stuck
+    form = f"postfix/saslquota[{os.getpid()}]:%(message)s"
+    handler.setFormatter(logging.Formatter(form if target else f"%(asctime)s {form}"))
+    waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    listener = logging.handlers.QueueListener(waiting, handler)
+    log.handlers = [LogQueue(waiting)]
+    log.propagate = False
+    log.setLevel(config.loglevel)
+    # What is in no line of ours need not be found out (the logging module's "Optimization").
+    logging._srcfile = None  # type: ignore[attr-defined]
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging.raiseExceptions = False
+    listener.start()
+
+    def stop() -> None:
+        stopper = threading.Thread(target=listener.stop, daemon=True)
+        stopper.start()
+        stopper.join(1.0)
+
+    return stop
+
+
+def log_handler(config: Config) -> tuple[logging.Handler, str]:
+    """The handler, and where it writes to if that is not stdout."""
+    address = config.logaddress or "/dev/log"
+    local = address.startswith("/")
+    without = local and not config.logaddress and not os.path.exists(address)
+    if config.loghandler == "stdout" or without:
+        return logging.StreamHandler(sys.stdout), ""
+    handler = logging.handlers.SysLogHandler(
+        address if local else (address, config.logport), config.logfacility
+    )
+    handler.append_nul = False
+    return handler, address
+
+
+# --- main -----------------------------------------------------------------------------------------
+
+
+def make_store(config: Config) -> SQLiteStore | MySQLStore:
+    if config.store == "sqlite":
+        return SQLiteStore(config.beside(config.sqlitefile), config.dbtimeout / 2)
+    return MySQLStore(config)
+
+
+def check(config: Config) -> int:
+    """Say what is found in configuration, rules and store; 0 when all is well."""
+    status = 0
+    print(f"{config.path}: read")
+    try:
+        path = config.beside(config.quotafile)
+        for rule in load_rules(path, config.retentiondays * 86400):
+            for window in rule.windows:
+                words = f"{window.msgquota} recipients in any {window.period} seconds"
+                print(f"{path}: {rule.key}: each sender {words}; beyond that: {rule.msg}")
+    except ConfigError as error:
+        print(error)
+        status = 1
+    try:
+        print(make_store(config).check())
+    except StoreError as error:
+        print(error)
+        status = 1
+    return status
+
+
+def serve(config: Config) -> int:
+    """Run the daemon until a signal ends it. Raises ConfigError for what cannot be started."""
+    signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # taken below, by this thread only
+    threading.stack_size(512 * 1024)
+    rules = RulesFile(config.beside(config.quotafile), config.retentiondays * 86400)
+    store = make_store(config)
+    committer = Committer(Ledger(store, config.retentiondays * 86400), config.dbtimeout)
+    server = PolicyServer(config, Policy(config, rules, committer))
+    stop_logging = start_logging(config)
+    for line in (
+        f"saslquota {__version__} listening on {server}, {server.capacity} connections at most",
+        f"counting in {store}",
+        f"rules in {rules.path}: {describe_rules(rules.rules)}",
+    ):
+        print(line, flush=True)
+        log.info("%s", line)
+    committer.start()
+    threading.Thread(target=server.serve_forever, name="listener", daemon=True).start()
+    while (
+        received := signal.sigtimedwait(signals, 1.0)
+    ) is None or received.si_signo == signal.SIGHUP:
+        rules.reload(force=received is not None)
+    server.drain(SHUTDOWN)
+    committer.stop(max(0.0, SHUTDOWN / 8))
+    log.info("stopped by signal %d", received.si_signo)
+    stop_logging()
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="saslquota.py", description="Postfix policy daemon: sending quotas for SASL senders"
+    )
+    beside = Path(__file__).resolve().parent / "saslquota.json"
+    parser.add_argument("-c", metavar="FILE", dest="config", type=Path, default=beside)
+    parser.add_argument("--check", action="store_true", help="look at everything, change nothing")
+    parser.add_argument("--version", action="version", version=f"saslquota {__version__}")
+    arguments = parser.parse_args(argv)
+    try:
+        config = load_config(arguments.config, os.environ)
+        return check(config) if arguments.check else serve(config)
+    except SaslQuotaError as error:
+        print(f"saslquota: {error}", flush=True)
+        return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
