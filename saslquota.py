@@ -127,6 +127,21 @@ class Unavailable(StoreError):
     """The store cannot be used; whether the last statement was carried out is not known."""
 
 
+class Seldom:
+    """Lets something be said once in so many seconds."""
+
+    def __init__(self, interval: float) -> None:
+        self._interval = interval
+        self._last = float("-inf")
+
+    def due(self) -> bool:
+        now = time.monotonic()
+        if now - self._last < self._interval:
+            return False
+        self._last = now
+        return True
+
+
 # --- Config ---------------------------------------------------------------------------------------
 
 
@@ -551,24 +566,6 @@ class Row(NamedTuple):
     token: int
 
 
-class Head(NamedTuple):
-    """The newest row of an account, as far as it decides."""
-
-    account: str
-    seq: int
-    epoch: int
-    at: int
-    total: int
-
-
-class Mark(NamedTuple):
-    """How far a purge has come; rows are looked at in this order."""
-
-    at: int
-    account: str
-    seq: int
-
-
 class Clock:
     """The database's clock in microseconds, carried on by the monotonic one; it never goes back."""
 
@@ -626,11 +623,13 @@ class Account:
     """What the ledger remembers of one account. Exact until another daemon appends to it, which
     makes our own append collide."""
 
-    __slots__ = ("at", "epoch", "read", "seq", "spans", "total")
+    __slots__ = ("at", "epoch", "name", "read", "seq", "spans", "total")
 
-    def __init__(self, head: Head, read: float) -> None:
-        self.seq, self.epoch, self.at, self.total = head.seq, head.epoch, head.at, head.total
-        self.read = read  # monotonic seconds
+    def __init__(
+        self, name: str, seq: int = 0, epoch: int = 1, at: int = 0, total: int = 0
+    ) -> None:
+        self.name, self.seq, self.epoch, self.at, self.total = name, seq, epoch, at, total
+        self.read = 0.0  # monotonic seconds
         self.spans: dict[int, Span] = {}  # by period
 
     def used(self, period: int, now: int) -> int | None:
@@ -640,13 +639,11 @@ class Account:
         return None if base is None else self.total - base
 
     def append(self, charge: Charge, at: int, token: int) -> Row:
-        self.seq += 1
-        self.at = at
+        _, cost, instance, _ = charge
         for span in self.spans.values():
             span.append(at, self.total)
-        self.total += charge.recipients
-        n, instance = charge.recipients, charge.instance
-        return Row(charge.account, self.seq, self.epoch, at, n, self.total, instance, token)
+        self.seq, self.at, self.total = self.seq + 1, at, self.total + cost
+        return Row(self.name, self.seq, self.epoch, at, cost, self.total, instance, token)
 
 
 class Ledger:
@@ -664,8 +661,9 @@ class Ledger:
         self._retention = retention * 1_000_000
         self._clock = Clock(monotonic)
         self._monotonic = monotonic
+        self._future = Seldom(REMINDER)
         self._accounts: collections.OrderedDict[str, Account] = collections.OrderedDict()
-        self._purged = Mark(0, "", 0)
+        self._purged: Mark = NOWHERE
 
     def open(self) -> None:
         """Connect the store anew; nothing is known on a new connection. Raises Unavailable."""
@@ -700,7 +698,9 @@ class Ledger:
                 return verdicts
             except Conflict:
                 collisions += 1
-                self._forget(charges)
+                self._store.rollback()
+                for charge in charges:
+                    self._accounts.pop(charge.account, None)
             except Unavailable:
                 failures += 1
                 if failures == ATTEMPTS:
@@ -709,11 +709,6 @@ class Ledger:
                 self.open()
             if self._monotonic() >= deadline:
                 raise Unavailable("the store did not answer in time")
-
-    def _forget(self, charges: Sequence[Charge]) -> None:
-        self._store.rollback()
-        for charge in charges:
-            self._accounts.pop(charge.account, None)
 
     def _decide(
         self, charges: Sequence[Charge], *, locked: bool
@@ -737,7 +732,9 @@ class Ledger:
     def _judge(charge: Charge, account: Account, at: int) -> Verdict:
         used = 0
         for window in charge.windows:
-            used = account.used(window.period, at) or 0  # never None after _refresh
+            found = account.used(window.period, at)
+            assert found is not None, "_refresh has read what was unknown"
+            used = found
             if used + charge.recipients > window.msgquota:
                 return Verdict(False, used, window)
         return Verdict(True, used + charge.recipients, window)
@@ -780,13 +777,13 @@ class Ledger:
     def _read(self, charges: Sequence[Charge], now: int, *, locked: bool) -> None:
         """Read heads and windows of the charges' accounts."""
         names = sorted({charge.account for charge in charges})
-        heads = {head.account: head for head in self._store.heads(names, lock=locked)}
-        read = self._monotonic()
+        found = {head[0]: Account(*head) for head in self._store.heads(names, lock=locked)}
         for name in names:
-            head = heads.get(name) or Head(name, 0, 1, 0, 0)
-            self._accounts[name] = Account(head, read)
-            if head.at > now + FUTURE:
-                ahead = (head.at - now) / 1e6
+            self._accounts.pop(name, None)  # the newest stand last
+            account = self._accounts[name] = found.get(name) or Account(name)
+            account.read = self._monotonic()
+            if account.at > now + FUTURE and self._future.due():
+                ahead = (account.at - now) / 1e6
                 log.error("account %s: a send is dated %.0f s ahead of the clock", name, ahead)
         wanted: dict[tuple[str, int], tuple[str, int, int]] = {}
         for charge in charges:
@@ -796,24 +793,29 @@ class Ledger:
                 account.spans[window.period] = Span()
                 if account.at >= start:  # else even the newest send has left
                     wanted[charge.account, window.period] = (charge.account, account.epoch, start)
-        found = self._store.oldest(list(wanted.values()))
-        for (name, period), rows in zip(wanted, found, strict=True):
+        oldest = self._store.oldest(list(wanted.values()))
+        for (name, period), rows in zip(wanted, oldest, strict=True):
             self._accounts[name].spans[period] = Span(rows)
 
     def purge(self) -> bool:
         """Delete some sends older than the retention; False when there are no more.
 
-        Raises StoreError.
+        Raises Conflict, and Unavailable when the store cannot be opened either.
         """
-        cutoff = self._store.now() - self._retention
-        last = self._store.purge(cutoff, self._purged)
-        self._purged = last or Mark(0, "", 0)
-        return last is not None
+        try:
+            cutoff = self._store.now() - self._retention
+            self._purged = self._store.purge(cutoff, self._purged)
+        except Unavailable:  # an idle connection may have been closed
+            self.open()
+            return True
+        return self._purged != NOWHERE
 
 
 # --- Stores ---------------------------------------------------------------------------------------
 
 COLUMNS = ", ".join(Row._fields)
+Mark = tuple[int, str, int]  # at, account, seq: how far a purge has come
+NOWHERE: Mark = (0, "", 0)
 
 
 class Store:
@@ -851,8 +853,8 @@ class Store:
         """The rows that a SELECT gives for each of several lists of values, all together."""
         return [row for values in many for row in self._run(sql, values)]
 
-    def heads(self, accounts: Sequence[str], *, lock: bool = False) -> list[Head]:
-        """The newest row of each account that has one. With `lock` nobody else can append to these
+    def heads(self, accounts: Sequence[str], *, lock: bool) -> list[Any]:
+        """Account, seq, epoch, at and total of the newest row of each account that has one. With `lock` nobody else can append to these
         accounts until append() or rollback()."""
         if lock:
             self._run(self.BEGIN)
@@ -860,7 +862,7 @@ class Store:
         columns = f"account, seq, epoch, {self.AT}, total"
         newest = f"SELECT {columns} FROM sends WHERE account = ? ORDER BY seq DESC LIMIT 1"
         found = self._each(newest + (self.LOCK if lock else ""), [(name,) for name in accounts])
-        return [Head(*row) for row in found]
+        return found
 
     def oldest(self, spans: Sequence[tuple[str, int, int]]) -> list[list[tuple[int, int]]]:
         """For each (account, epoch, start): time, and total before it, of the oldest sends at or
@@ -899,22 +901,22 @@ class Store:
         select = "SELECT token FROM sends WHERE account = ? AND seq = ?"
         return {token for (token,) in self._each(select, [(r.account, r.seq) for r in rows])}
 
-    def purge(self, before: int, after: Mark) -> Mark | None:
+    def purge(self, before: int, after: Mark) -> Mark:
         """Look at some rows older than `before`, on from `after`, and delete those that are not
-        their account's newest. Returns how far it came, None when it is through."""
+        their account's newest. Returns how far it came, NOWHERE when it is through."""
         newer = "SELECT 1 FROM sends AS n WHERE n.account = s.account AND n.seq > s.seq"
         found = self._run(
             f"SELECT {self.AT}, account, seq, EXISTS ({newer}) FROM sends AS s"
             f" WHERE at < {self.TIME} AND at >= {self.TIME} AND (at > {self.TIME}"
             " OR account > ? OR (account = ? AND seq > ?))"
             f" ORDER BY at, account, seq LIMIT {PURGE_ROWS}",
-            (before, after.at, after.at, after.account, after.account, after.seq),
+            (before, after[0], after[0], after[1], after[1], after[2]),
         )
         old = [(account, seq) for _, account, seq, superseded in found if superseded]
         if old:
             keys = " OR ".join(["(account = ? AND seq = ?)"] * len(old))
             self._run(f"DELETE FROM sends WHERE {keys}", [value for key in old for value in key])
-        return Mark(*found[-1][:3]) if len(found) == PURGE_ROWS else None
+        return tuple(found[-1][:3]) if len(found) == PURGE_ROWS else NOWHERE
 
 
 class SQLiteStore(Store):
@@ -1182,7 +1184,6 @@ class Committer(threading.Thread):
         self._ledger = ledger
         self._timeout = timeout  # seconds until a decision falls back
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._open = False
         self._down = False  # known to be: nobody waits for it
         self._stopping = False
         self._due = 0.0  # monotonic seconds; when the next chore is
@@ -1235,7 +1236,7 @@ class Committer(threading.Thread):
         jobs = [job for job in jobs if job.deadline > now]  # the others have been given up
         verdicts: Sequence[Verdict | None] = [None] * len(jobs)
         try:
-            if jobs and self._open:
+            if jobs and not self._down:
                 deadline = max(job.deadline for job in jobs)
                 verdicts = self._ledger.charge([job.charge for job in jobs], deadline)
                 self._succeed()
@@ -1245,22 +1246,19 @@ class Committer(threading.Thread):
             job.mailbox.put(verdict)
 
     def _chore(self) -> None:
-        """Open the store, or purge it a little."""
+        """Purge a little, or try to open a store that was down."""
         pause = PURGE_PAUSE
         try:
-            if not self._open:
+            if self._down:
                 self._ledger.open()
-                self._open, self._down = True, False
+                self._down = False
             elif not self._ledger.purge():
                 pause = PURGE_INTERVAL
         except Conflict as error:
             log.debug("purge put off: %s", error)
         except Exception as error:  # as in _serve
-            if self._open:  # an idle connection that broke is no outage: open it anew at once
-                self._open, pause = False, 0.0
-            else:
-                self._fail(error)
-                pause = RETRY
+            self._fail(error)
+            pause = RETRY
         self._due = time.monotonic() + pause
 
     def _succeed(self) -> None:
@@ -1270,7 +1268,7 @@ class Committer(threading.Thread):
 
     def _fail(self, error: Exception) -> None:
         """Give everybody the fallback at once until the store can be opened again."""
-        self._open, self._down = False, True
+        self._down = True
         now = time.monotonic()
         self._due = now + RETRY
         if self._complained is None or now - self._complained >= REMINDER:
@@ -1338,21 +1336,6 @@ def valid(value: str) -> str:
 
 
 # --- Server ---------------------------------------------------------------------------------------
-
-
-class Seldom:
-    """Lets something be said once in so many seconds."""
-
-    def __init__(self, interval: float) -> None:
-        self._interval = interval
-        self._last = float("-inf")
-
-    def due(self) -> bool:
-        now = time.monotonic()
-        if now - self._last < self._interval:
-            return False
-        self._last = now
-        return True
 
 
 class PolicyHandler(socketserver.BaseRequestHandler):

@@ -1,0 +1,581 @@
+"""The ledger over a real SQLite file, with its clocks in the test's hand."""
+
+import itertools
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import saslquota
+from saslquota import Charge, Conflict, Ledger, Row, SQLiteStore, StoreError, Unavailable, Window
+
+SECOND = 1_000_000
+DAY = 86_400
+START = 1_700_000_000 * SECOND
+NEVER = float("inf")
+
+RESET = """
+    INSERT INTO sends (account, seq, epoch, at, recipients, total, instance, token)
+    SELECT account, seq + 1, epoch + 1, MAX(at, ?), 0, 0, 'reset', 0 FROM sends
+    WHERE account = ? ORDER BY seq DESC LIMIT 1
+"""
+
+
+class World:
+    """Real time, which all daemons' monotonic clocks follow."""
+
+    def __init__(self) -> None:
+        self.now = 0
+
+    def monotonic(self) -> float:
+        return self.now / SECOND
+
+
+class ClockedStore(SQLiteStore):
+    """A real SQLite store whose database clock, and whose luck, are the test's."""
+
+    def __init__(self, path: Path, world: World) -> None:
+        super().__init__(path, timeout=0)
+        self._world = world
+        self.skew = 0
+        self.mishap = ""
+        self.frozen: list[Sequence[Row]] = []
+
+    def _run(self, sql: str, values: Sequence[int | str] = ()) -> list[object]:
+        return super()._run(sql.replace("synchronous = FULL", "synchronous = OFF"), values)
+
+    def now(self) -> int:
+        super().now()
+        return START + self._world.now + self.skew
+
+    def append(self, rows: Sequence[Row]) -> None:
+        mishap, self.mishap = (self.mishap, "") if rows else ("", self.mishap)
+        if mishap == "frozen":  # the statement is carried out later, or never
+            self.frozen.append(rows)
+        elif mishap != "lost":
+            super().append(rows)
+        if mishap:
+            raise Unavailable(f"the test: {mishap}")
+
+    def thaw(self) -> None:
+        """What a frozen server had been told to write arrives now."""
+        while self.frozen:
+            with suppress(Conflict):
+                super().append(self.frozen.pop())
+
+    def reset(self, account: str) -> None:
+        self._run(RESET, (self.now(), account))
+
+
+class Bench:
+    """A ledger or several on one file."""
+
+    def __init__(self, directory: Path, daemons: int = 1) -> None:
+        self.world = World()
+        self.path = directory / "ledger.db"
+        self.stores = [ClockedStore(self.path, self.world) for _ in range(daemons)]
+        self.ledgers = [self.ledger(store) for store in self.stores]
+        self.instances = itertools.count(1)
+
+    def ledger(self, store: ClockedStore) -> Ledger:
+        ledger = Ledger(store, DAY, self.world.monotonic)
+        ledger.open()
+        return ledger
+
+    def send(self, account: str, windows: tuple[Window, ...], n: int = 1, daemon: int = 0) -> bool:
+        charge = Charge(account, n, f"i{next(self.instances)}", windows)
+        (verdict,) = self.ledgers[daemon].charge([charge], NEVER)
+        return verdict.accepted
+
+    def rows(self) -> list[Row]:
+        columns = saslquota.COLUMNS
+        found = self.stores[0]._run(f"SELECT {columns} FROM sends ORDER BY account, seq")
+        return [Row(*row) for row in found]
+
+    def close(self) -> None:
+        for store in self.stores:
+            store.close()
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
+    made: list[Bench] = []
+
+    def make(daemons: int = 1) -> Bench:
+        made.append(Bench(tmp_path, daemons))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def test_the_quota_lets_exactly_the_quota_through(bench: Callable[..., Bench]) -> None:
+    one = bench()
+    windows = (Window(300, 50),)
+    assert [one.send("a", windows) for _ in range(52)] == [True] * 50 + [False] * 2
+
+
+def test_a_send_leaves_its_window_a_microsecond_after_the_period(
+    bench: Callable[..., Bench],
+) -> None:
+    one = bench()
+    windows = (Window(10, 1),)
+    assert one.send("a", windows)
+    one.world.now += 10 * SECOND
+    assert not one.send("a", windows)
+    one.world.now += 1
+    assert one.send("a", windows)
+
+
+def test_the_boundary_is_exact_after_a_restart_too(bench: Callable[..., Bench]) -> None:
+    one = bench()
+    windows = (Window(10, 1),)
+    assert one.send("a", windows)
+    for later, accepted in ((10 * SECOND, False), (1, True)):
+        one.world.now += later
+        one.ledgers[0].open()
+        assert one.send("a", windows) is accepted
+
+
+def test_several_recipients_are_charged_or_refused_as_one(bench: Callable[..., Bench]) -> None:
+    one = bench()
+    windows = (Window(60, 10),)
+    assert one.send("a", windows, 7)
+    assert not one.send("a", windows, 4)
+    assert one.send("a", windows, 3)
+    assert not one.send("a", windows)
+    assert not one.send("b", windows, 11)
+
+
+def test_all_windows_must_have_room_and_a_refusal_uses_nothing_up(
+    bench: Callable[..., Bench],
+) -> None:
+    one = bench()
+    windows = (Window(10, 2), Window(100, 3))
+    assert [one.send("a", windows) for _ in range(3)] == [True, True, False]
+    one.world.now += 11 * SECOND
+    assert [one.send("a", windows) for _ in range(2)] == [True, False]
+
+
+def test_a_batch_is_decided_in_its_order(bench: Callable[..., Bench]) -> None:
+    one = bench()
+    windows = (Window(60, 2),)
+    batch = [Charge(name, 1, f"{n}", windows) for n, name in enumerate("abaabb")]
+    verdicts = one.ledgers[0].charge(batch, NEVER)
+    assert [v.accepted for v in verdicts] == [True, True, True, False, True, False]
+    assert [v.used for v in verdicts] == [1, 1, 2, 2, 2, 2]
+    assert len({row.token for row in one.rows()}) == 1
+
+
+def test_memory_suffices_while_nobody_else_appends(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = bench()
+    windows = (Window(3600, 1000),)
+    one.send("a", windows)
+    monkeypatch.setattr(one.stores[0], "heads", pytest.fail)
+    monkeypatch.setattr(one.stores[0], "oldest", pytest.fail)
+    for _ in range(200):
+        one.world.now += 1000
+        assert one.send("a", windows)
+
+
+def test_a_refusal_is_read_again_after_a_second_at_the_latest(bench: Callable[..., Bench]) -> None:
+    one = bench()
+    windows = (Window(3600, 1),)
+    assert one.send("a", windows)
+    assert not one.send("a", windows)
+    one.stores[0].reset("a")
+    one.world.now += int(saslquota.CLOCK_TRUST * SECOND) + 1
+    assert one.send("b", windows)  # reads the clock, and nothing of a
+    assert one.send("a", windows)
+
+
+def test_a_reset_is_noticed_by_collision(bench: Callable[..., Bench]) -> None:
+    one = bench()
+    windows = (Window(3600, 2),)
+    assert one.send("a", windows)
+    one.stores[0].reset("a")
+    assert [one.send("a", windows) for _ in range(3)] == [True, True, False]
+    assert [row.epoch for row in one.rows()] == [1, 2, 2, 2]
+
+
+def test_sends_before_a_reset_count_no_more_also_when_some_have_left(
+    bench: Callable[..., Bench],
+) -> None:
+    one = bench()
+    windows = (Window(10, 5),)
+    for wait in (0, 5 * SECOND):
+        one.world.now += wait
+        assert all(one.send("a", windows) for _ in range(2))
+    one.stores[0].reset("a")
+    one.world.now += 6 * SECOND  # two sends of the old epoch are still within the period
+    one.ledgers[0].open()
+    assert [one.send("a", windows) for _ in range(6)] == [True] * 5 + [False]
+
+
+def test_a_chain_goes_on_after_a_batch_was_given_up(bench: Callable[..., Bench]) -> None:
+    one = bench()
+    windows = (Window(10, 2),)
+    assert one.send("a", windows)
+    append, one.stores[0].append = one.stores[0].append, fail  # type: ignore[method-assign]
+    with pytest.raises(Unavailable):
+        one.send("a", windows)
+    one.stores[0].append = append  # type: ignore[method-assign]
+    one.ledgers[0].open()
+    assert [one.send("a", windows) for _ in range(2)] == [True, False]
+    assert [row.seq for row in one.rows()] == [1, 2]
+
+
+def fail(_rows: Sequence[Row]) -> None:
+    raise Unavailable("the test")
+
+
+def test_another_daemons_sends_are_noticed_by_collision(bench: Callable[..., Bench]) -> None:
+    two = bench(2)
+    windows = (Window(3600, 5),)
+    got = [two.send("a", windows, daemon=n % 2) for n in range(8)]
+    assert got == [True] * 5 + [False] * 3
+
+
+def test_a_database_clock_that_goes_back_frees_nobody(bench: Callable[..., Bench]) -> None:
+    one = bench()
+    windows = (Window(100, 1),)
+    assert one.send("a", windows)
+    one.world.now += 2 * SECOND
+    one.stores[0].skew = -3600 * SECOND
+    assert not one.send("a", windows)
+    one.ledgers[0] = one.ledger(one.stores[0])  # a new daemon knows only the wrong time
+    assert not one.send("a", windows)
+    assert one.rows()[0].at == START
+
+
+def test_a_changed_period_is_read_from_the_store(bench: Callable[..., Bench]) -> None:
+    one = bench()
+    assert all(one.send("a", (Window(10, 100),)) for _ in range(40))
+    one.world.now += 11 * SECOND
+    assert not one.send("a", (Window(60, 40),))
+    assert one.send("a", (Window(60, 41),))
+
+
+def test_the_memory_is_bounded(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saslquota, "CACHED_ACCOUNTS", 10)
+    one = bench()
+    windows = (Window(3600, 2),)
+    for _ in range(2):
+        assert all(one.send(f"user{n}", windows) for n in range(30))
+    assert not any(one.send(f"user{n}", windows) for n in range(30))
+    assert len(one.ledgers[0]._accounts) == 10
+
+
+def test_a_send_from_the_future_is_an_error_in_the_log(
+    bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saslquota.log, "propagate", True)
+    one = bench(2)
+    one.stores[1].skew = 90 * SECOND
+    assert one.send("a", (Window(10, 5),), daemon=1)
+    assert one.send("a", (Window(10, 5),), daemon=0)
+    assert "account a: a send is dated 90 s ahead of the clock" in caplog.text
+
+
+def test_the_deadline_ends_the_attempts(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = bench()
+
+    def collide(_rows: Sequence[Row]) -> None:
+        one.world.now += SECOND
+        raise Conflict("the test")
+
+    monkeypatch.setattr(one.stores[0], "append", collide)
+    with pytest.raises(Unavailable, match="in time"):
+        one.ledgers[0].charge([Charge("a", 1, "", (Window(10, 5),))], 5.0)
+    assert one.world.now == 5 * SECOND
+
+
+@pytest.mark.parametrize("mishap", ["lost", "done", "frozen"])
+def test_an_unknown_outcome_leaves_exactly_one_row(
+    bench: Callable[..., Bench], mishap: str
+) -> None:
+    one = bench()
+    windows = (Window(10, 5),)
+    assert one.send("a", windows)
+    one.stores[0].mishap = mishap
+    assert one.send("a", windows)
+    one.stores[0].thaw()
+    assert one.send("a", windows)
+    assert [row.instance for row in one.rows()] == ["i1", "i2", "i3"]
+
+
+def test_an_insert_that_wakes_after_the_look_is_not_repeated(bench: Callable[..., Bench]) -> None:
+    one = bench()
+    store = one.stores[0]
+    look = store.tokens
+
+    def look_too_early(rows: Sequence[Row]) -> set[int]:
+        found = look(rows)
+        store.thaw()
+        return found
+
+    store.tokens = look_too_early  # type: ignore[method-assign]
+    store.mishap = "frozen"
+    assert one.send("a", (Window(10, 5),))
+    assert [row.instance for row in one.rows()] == ["i1"]
+
+
+def test_rows_that_another_daemon_kept_out_are_decided_again(bench: Callable[..., Bench]) -> None:
+    two = bench(2)
+    windows = (Window(10, 3),)
+    assert two.send("a", windows)
+    first = two.stores[0]
+    reopen = first.open
+
+    def open_later() -> None:
+        reopen()
+        two.send("a", windows, daemon=1)  # takes the very seq that the lost INSERT wanted
+
+    first.mishap = "frozen"
+    first.open = open_later  # type: ignore[method-assign]
+    assert two.send("a", windows)
+    first.thaw()
+    assert not two.send("a", windows)
+    assert [row.instance for row in two.rows()] == ["i1", "i3", "i2"]
+
+
+# --- Against a brute-force model ------------------------------------------------------------------
+
+ACCOUNTS = st.sampled_from(["a", "b", "c"])
+COSTS = st.integers(1, 4)
+PERIODS = st.sampled_from([(Window(5, 6),), (Window(20, 9),), (Window(5, 4), Window(60, 12))])
+STEPS = st.one_of(
+    st.tuples(
+        st.just("send"), st.lists(st.tuples(ACCOUNTS, COSTS, PERIODS), min_size=1, max_size=6)
+    ),
+    st.tuples(st.just("wait"), st.integers(0, 8 * SECOND)),
+    st.tuples(st.just("wait"), st.sampled_from([1, 5 * SECOND, 5 * SECOND + 1, 20 * SECOND])),
+    st.tuples(st.just("skew"), st.integers(-15 * SECOND, 15 * SECOND)),
+    st.tuples(st.just("reset"), ACCOUNTS),
+    st.tuples(st.just("restart"), st.none()),
+    st.tuples(st.just("purge"), st.none()),
+    st.tuples(st.just("mishap"), st.sampled_from(["lost", "done"])),
+)
+MANY = settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+class Model:
+    """What must be answered, by brute force: a list of all sends, summed up for each decision."""
+
+    def __init__(self) -> None:
+        self.sends: dict[str, list[tuple[int, int]]] = {"a": [], "b": [], "c": []}
+        self.at = dict.fromkeys(self.sends, 0)
+
+    def send(self, account: str, n: int, windows: tuple[Window, ...], now: int) -> bool:
+        at = max(now, self.at[account])
+        for period, quota in windows:
+            start = at - period * SECOND
+            if sum(cost for when, cost in self.sends[account] if when >= start) + n > quota:
+                return False
+        self.sends[account].append((at, n))
+        self.at[account] = at
+        return True
+
+    def reset(self, account: str, now: int) -> None:
+        if self.at[account]:
+            self.sends[account] = []
+            self.at[account] = max(now, self.at[account])
+
+
+@MANY
+@given(st.lists(STEPS, min_size=5, max_size=50))
+def test_one_daemon_equals_the_model_at_every_step(steps: list[tuple[str, object]]) -> None:
+    with tempfile.TemporaryDirectory(dir=fast_directory()) as directory:
+        one, model = Bench(Path(directory)), Model()
+        now = 0
+        for what, value in steps:
+            store = one.stores[0]
+            # A clock that was read a moment ago is carried on; let each step begin with a reading.
+            one.ledgers[0]._clock.distrust()
+            if what == "send":
+                assert isinstance(value, list)
+                now = max(now, store.now())
+                batch = [Charge(a, n, f"i{next(one.instances)}", w) for a, n, w in value]
+                got = [verdict.accepted for verdict in one.ledgers[0].charge(batch, NEVER)]
+                assert got == [model.send(a, n, w, now) for a, n, w in value]
+            elif what == "wait":
+                assert isinstance(value, int)
+                one.world.now += value
+            elif what == "skew":
+                assert isinstance(value, int)
+                store.skew = value
+            elif what == "reset":
+                model.reset(str(value), store.now())
+                store.reset(str(value))
+                one.world.now += SECOND + 1  # until a refusal is read again
+            elif what == "restart":
+                one.ledgers[0] = one.ledger(store)
+                now = 0
+            elif what == "purge":
+                one.ledgers[0].purge()
+            else:
+                store.mishap = str(value)
+        one.close()
+
+
+DAEMONS = 3
+SKEWED_STEPS = st.one_of(
+    st.tuples(
+        st.just("send"),
+        st.integers(0, DAEMONS - 1),
+        st.lists(st.tuples(ACCOUNTS, COSTS), min_size=1, max_size=6),
+    ),
+    st.tuples(st.just("wait"), st.just(0), st.integers(0, 8 * SECOND)),
+    st.tuples(st.just("skew"), st.integers(0, DAEMONS - 1), st.integers(-300, 300)),
+    st.tuples(st.just("reset"), st.integers(0, DAEMONS - 1), ACCOUNTS),
+    st.tuples(st.just("restart"), st.integers(0, DAEMONS - 1), st.none()),
+    st.tuples(
+        st.just("mishap"), st.integers(0, DAEMONS - 1), st.sampled_from(["lost", "done", "frozen"])
+    ),
+    st.tuples(st.just("thaw"), st.integers(0, DAEMONS - 1), st.none()),
+)
+QUOTA = (Window(10, 7), Window(60, 15))
+
+
+@MANY
+@given(st.lists(SKEWED_STEPS, min_size=10, max_size=60))
+def test_several_daemons_never_let_more_through_than_the_quota(
+    steps: list[tuple[str, int, object]],
+) -> None:
+    with tempfile.TemporaryDirectory(dir=fast_directory()) as directory:
+        bench = Bench(Path(directory), DAEMONS)
+        accepted: list[str] = []
+        for what, daemon, value in steps:
+            store = bench.stores[daemon]
+            if what == "send":
+                assert isinstance(value, list)
+                batch = [Charge(a, n, f"i{next(bench.instances)}", QUOTA) for a, n in value]
+                with suppress(StoreError):
+                    verdicts = bench.ledgers[daemon].charge(batch, NEVER)
+                    pairs = zip(batch, verdicts, strict=True)
+                    accepted += [charge.instance for charge, v in pairs if v.accepted]
+            elif what == "wait":
+                assert isinstance(value, int)
+                bench.world.now += value
+            elif what == "skew":
+                assert isinstance(value, int)
+                store.skew = value * SECOND
+            elif what == "reset":
+                store.reset(str(value))
+            elif what == "restart":
+                bench.ledgers[daemon] = bench.ledger(store)
+            elif what == "mishap":
+                store.mishap = str(value)
+            else:
+                store.thaw()
+        for store in bench.stores:
+            store.thaw()
+        rows = bench.rows()
+        bench.close()
+    instances = [row.instance for row in rows]
+    assert all(instances.count(instance) == 1 for instance in accepted)
+    assert len({(row.account, row.seq) for row in rows}) == len(rows)
+    for account in "abc":
+        never_over_quota([row for row in rows if row.account == account])
+
+
+def never_over_quota(rows: list[Row]) -> None:
+    """In the ledger's own times no period of any length in QUOTA holds more than it may."""
+    assert [row.seq for row in rows] == list(range(1, len(rows) + 1))
+    assert all(a.at <= b.at for a, b in itertools.pairwise(rows))
+    for last in rows:
+        for period, quota in QUOTA:
+            start = last.at - period * SECOND
+            within = [r for r in rows if r.at >= start and r.seq <= last.seq]
+            assert sum(r.recipients for r in within if r.epoch == last.epoch) <= quota
+    for row in rows:
+        before = [r.recipients for r in rows if r.epoch == row.epoch and r.seq <= row.seq]
+        assert row.total == sum(before)
+
+
+@pytest.mark.parametrize("restart", [0.0, 0.05])
+def test_windows_of_many_sends_slide_exactly(bench: Callable[..., Bench], restart: float) -> None:
+    one, model = bench(), Model()
+    luck = random.Random(7)
+    windows = (Window(60, 100), Window(10, 45))
+    for _ in range(3000):
+        one.world.now += luck.randrange(SECOND)
+        cost = luck.randrange(1, 4)
+        one.ledgers[0]._clock.distrust()
+        if luck.random() < restart:
+            one.ledgers[0].open()
+        expected = model.send("a", cost, windows, START + one.world.now)
+        assert one.send("a", windows, cost) is expected
+
+
+def test_heads_in_the_future_with_many_sends_behind_them(bench: Callable[..., Bench]) -> None:
+    one = bench()
+    windows = (Window(1000, 200),)
+    for _ in range(100):
+        one.world.now += 10 * SECOND
+        assert one.send("a", windows)
+    one.stores[0].skew = -900 * SECOND
+    one.ledgers[0] = one.ledger(one.stores[0])
+    assert [one.send("a", windows) for _ in range(102)] == [True] * 100 + [False] * 2
+
+
+def test_a_purge_changes_no_decision(bench: Callable[..., Bench]) -> None:
+    one, model = bench(), Model()
+    luck = random.Random(7)
+    windows = (Window(3600, 12),)
+    for _ in range(1500):
+        one.world.now += luck.randrange(400) * SECOND
+        account = luck.choice("aaaabc")
+        if luck.random() < 0.3:
+            one.ledgers[0].purge()
+        expected = model.send(account, 1, windows, START + one.world.now)
+        one.ledgers[0]._clock.distrust()
+        assert one.send(account, windows) is expected
+    while one.ledgers[0].purge():
+        pass
+    assert min(row.at for row in one.rows()) >= START + one.world.now - DAY * SECOND
+
+
+def test_a_purge_keeps_the_newest_row_of_each_account(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saslquota, "PURGE_ROWS", 3)
+    one = bench()
+    windows = (Window(3600, 100),)
+    for name in "abcdefgh":
+        assert all(one.send(name, windows) for _ in range(4))
+    one.world.now += (DAY + 1) * SECOND
+    while one.ledgers[0].purge():
+        pass
+    assert [(row.account, row.seq) for row in one.rows()] == [(name, 4) for name in "abcdefgh"]
+    assert one.send("a", windows)
+    assert one.rows()[1].seq == 5
+
+
+def fast_directory() -> str | None:
+    """Memory, where there is some: these tests make thousands of databases."""
+    return "/dev/shm" if Path("/dev/shm").is_dir() else None
+
+
+def test_the_real_clock_carries_the_time_on() -> None:
+    clock = saslquota.Clock(time.monotonic)
+    clock.set(START)
+    assert clock.trusted()
+    first = clock.now()
+    clock.set(START - 3600 * SECOND)
+    assert clock.now() == first
+    clock.distrust()
+    assert not clock.trusted()
