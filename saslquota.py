@@ -1107,7 +1107,7 @@ class MySQLStore(Store):
             2002: "is the server running? check _myhost",
             2003: "is the server running? check _myhost and _myport",
         }
-        cause = error.__cause__ or error
+        cause = error.__cause__ if isinstance(error, StoreError) else error
         number = getattr(cause, "errno", None)
         message = " ".join(str(error).split())
         return f"{message} - {remedies[number]}" if number in remedies else message

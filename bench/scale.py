@@ -1,0 +1,321 @@
+"""The scale part: how saslquota fares when something grows large.
+
+Each case measures a row beside the row it is compared with, one after the other in the same round,
+and in the other order in the next round. The tables of a case are filled once and kept for all
+rounds. With --quick everything is a hundredth of its size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import socket
+import sqlite3
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import table
+from rounds import Round
+from servers import (
+    PLENTY,
+    REFUSAL,
+    BenchError,
+    Daemon,
+    Load,
+    MariaDB,
+    Result,
+    free_port,
+    run_load,
+    saslquota,
+    saslquota_command,
+    say,
+)
+
+DAY = 86400
+BULK_ACCOUNTS = 500  # in one INSERT of a bulk load
+REQUEST = (
+    b"request=smtpd_access_policy\nprotocol_state=RCPT\nsasl_username=%s@example.org\n"
+    b"sender=a@example.org\nrecipient=b@example.com\ninstance=1a2b.6553f100.a1b2c.0\n\n"
+)
+
+Measure = tuple[str, Callable[[], Result]]
+
+
+def measure_pair(this: Round, one: Measure, other: Measure, label: str = table.ON_MARIADB) -> None:
+    """Measure two rows that will be compared; who comes first changes every round."""
+    for row, measure in (one, other) if this.turn % 2 == 0 else (other, one):
+        this.record(row, label, measure)
+
+
+# --- filling tables ------------------------------------------------------------------------------
+
+
+def fill(database: MariaDB, name: str, accounts: int, each: int, span: int, age: int = 0) -> None:
+    """Give the load's senders `each` sends, spread evenly over `span` seconds until `age` ago.
+
+    The chains are what saslquota itself would have written: seq and total without a gap.
+    """
+    say(f"filling {name}: {accounts * each:,} rows")
+    for first in range(0, accounts, BULK_ACCOUNTS):
+        last = min(first + BULK_ACCOUNTS, accounts) - 1
+        database.sql(
+            "INSERT INTO sends (account, seq, epoch, at, recipients, total, instance, token)"
+            " SELECT STRAIGHT_JOIN CONCAT('user', LPAD(a.seq, 6, '0'), '@example.org'), b.seq, 1,"
+            f" UTC_TIMESTAMP(6) - INTERVAL {age} + {span} * (1 - b.seq / {each}) SECOND,"
+            f" 1, b.seq, '1a2b.6553f100.a1b2c.0', a.seq * 1000000 + b.seq"
+            f" FROM seq_{first}_to_{last} AS a JOIN seq_1_to_{each} AS b",
+            name,
+        )
+    database.settle()
+
+
+def fill_once(
+    database: MariaDB, name: str, accounts: int, each: int, span: int, age: int = 0
+) -> None:
+    """Fill a database unless an earlier round has."""
+    if not database.has(name):
+        database.create(name)
+        fill(database, name, accounts, each, span, age)
+
+
+def fill_sqlite(path: Path, accounts: int, each: int, span: int) -> None:
+    """As fill(), into a file whose table saslquota has made."""
+    say(f"filling {path.name}: {accounts * each:,} rows")
+    now = time.time_ns() // 1000
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as file:
+        file.execute("PRAGMA synchronous = OFF")
+        file.execute("BEGIN")
+        file.execute(
+            "WITH RECURSIVE a (n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM a WHERE n < ? - 1),"
+            " b (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM b WHERE n < ?)"
+            " INSERT INTO sends (account, seq, epoch, at, recipients, total, instance, token)"
+            " SELECT printf('user%06d@example.org', a.n), b.n, 1,"
+            " CAST(? - ? * 1000000 * (1 - b.n * 1.0 / ?) AS INTEGER), 1, b.n,"
+            " '1a2b.6553f100.a1b2c.0', a.n * 1000000 + b.n FROM a CROSS JOIN b",
+            (accounts, each, now, span, each),
+        )
+        file.execute("COMMIT")
+        file.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+# --- the cases -----------------------------------------------------------------------------------
+
+
+def loaded(daemon: Daemon, load: Load) -> Callable[[], Result]:
+    """The measurement of a daemon under a load."""
+    return lambda: run_load([daemon.port], load)
+
+
+def millions(this: Round) -> None:
+    """5,000,000 rows: a thousand senders with 5,000 sends each in the last 20 days."""
+    fill_once(this.database, "millions", 1000, this.size(5000), 20 * DAY)
+    this.database.create("few")
+    load = this.load(warmup=this.seconds)
+    few, many = (saslquota(this.bench, this.database, name) for name in ("few", "millions"))
+    measure_pair(this, (table.EMPTY, loaded(few, load)), (table.MILLIONS, loaded(many, load)))
+
+
+def millions_sqlite(this: Round) -> None:
+    """The same on SQLite."""
+    path = this.bench.data / "millions.db"
+    if not path.exists():
+        with this.bench.section():
+            saslquota(this.bench, None, "millions")
+        fill_sqlite(path, 1000, this.size(5000), 20 * DAY)
+    load = this.load(warmup=this.seconds)
+    few = saslquota(this.bench, None, f"few{this.turn}")
+    many = saslquota(this.bench, None, "millions")
+    measure_pair(
+        this,
+        (table.EMPTY_SQLITE, loaded(few, load)),
+        (table.MILLIONS_SQLITE, loaded(many, load)),
+        table.ON_SQLITE,
+    )
+
+
+def hot_window(this: Round) -> None:
+    """One sender with 100,000 sends in its window, some of which leave it during the run."""
+    fill_once(this.database, "hot", 1, this.size(100_000), DAY + 600)
+    this.database.create("mild")
+    load = this.load(senders=1)
+    mild, hot = (saslquota(this.bench, this.database, name, DAY) for name in ("mild", "hot"))
+    measure_pair(
+        this, (table.ONE_SENDER, loaded(mild, load)), (table.HOT_WINDOW, loaded(hot, load))
+    )
+
+
+def cold(this: Round) -> None:
+    """100,000 senders with ten earlier sends each, none of them known to the daemon yet."""
+    senders = this.size(100_000)
+    fill_once(this.database, "cold", senders, 10, 7200)
+    daemon = saslquota(this.bench, this.database, "cold")
+    each_once = Load(senders=senders, requests=senders, in_turn=True)
+    this.record(table.COLD, table.ON_MARIADB, loaded(daemon, each_once))
+    this.record(table.WARM, table.ON_MARIADB, loaded(daemon, this.load()))
+
+
+def idle(this: Round) -> None:
+    """2,000 connections that have asked once and stay open, as idle smtpd processes keep theirs."""
+    this.database.create("idle")
+    daemon = saslquota(this.bench, this.database, "idle", _maxconnections=4000)
+    this.record(table.FEW_IDLE, table.ON_MARIADB, loaded(daemon, this.load()))
+    with idle_connections(daemon.port, this.size(2000)):
+        this.record(table.IDLE, table.ON_MARIADB, lambda: with_memory(daemon, this.load()))
+
+
+@contextlib.contextmanager
+def idle_connections(port: int, count: int) -> Iterator[None]:
+    """Open connections that have each had a reply."""
+    with contextlib.ExitStack() as stack:
+        for number in range(count):
+            address = ("127.0.0.1", port)
+            connection = stack.enter_context(socket.create_connection(address, timeout=30))
+            ask(connection, b"idle%06d" % number)
+        yield
+
+
+def ask(connection: socket.socket, login: bytes) -> None:
+    """Send one request and take its reply."""
+    connection.sendall(REQUEST % login)
+    reply = connection.recv(1024)
+    if reply != b"action=OK\n\n":
+        raise BenchError(f"reply {reply!r}")
+
+
+def with_memory(daemon: Daemon, load: Load) -> Result:
+    """A measurement, and the daemon's resident memory in megabytes after it."""
+    result = run_load([daemon.port], load)
+    for line in Path(f"/proc/{daemon.pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return dataclasses.replace(result, extra=int(line.split()[1]) * 1024 / 1e6)
+    raise BenchError("no resident memory in /proc")
+
+
+def purge(this: Round) -> None:
+    """1,000,000 rows that have outlived the retention, beside as many that have not."""
+    each = this.size(1000)
+    fill_once(this.database, "fresh", 1000, each, DAY)
+    fill_once(this.database, "old", 1000, each, DAY, age=40 * DAY)
+    measure_pair(
+        this,
+        (table.NO_PURGE, lambda: without_purge(this)),
+        (table.PURGE, lambda: during_purge(this)),
+    )
+
+
+def without_purge(this: Round) -> Result:
+    """The daemon alone on the young rows: the other one's purge would disturb it."""
+    with this.bench.section():
+        daemon = saslquota(this.bench, this.database, "fresh")
+        return run_load([daemon.port], this.load())
+
+
+def during_purge(this: Round) -> Result:
+    """A measurement that counts only when rows are purged before and after it."""
+    with this.bench.section():
+        before = oldest(this.database)
+        daemon = saslquota(this.bench, this.database, "old")
+        await_purge(this.database, before, 30)
+        result = run_load([daemon.port], this.load())
+        await_purge(this.database, oldest(this.database), 5)
+        return result
+
+
+def await_purge(database: MariaDB, before: str, seconds: float) -> None:
+    """Wait until more rows have gone."""
+    deadline = time.monotonic() + seconds
+    while oldest(database) == before:
+        if time.monotonic() > deadline:
+            raise BenchError(f"nothing was purged for {seconds:g} s")
+        time.sleep(0.05)
+
+
+def oldest(database: MariaDB) -> str:
+    """The time of the oldest row that a purge has left."""
+    return database.sql("SELECT MIN(at) FROM sends", "old")
+
+
+def three_daemons(this: Round) -> None:
+    """Three daemons on one database, 50 senders shared: every append may meet another's."""
+    load = this.load(connections=48, senders=50)
+    for name, daemons, row in (
+        ("alone", 1, table.ONE_DAEMON),
+        ("shared", 3, table.THREE_DAEMONS),
+    ):
+        this.database.create(name)
+        ports = [saslquota(this.bench, this.database, name).port for _ in range(daemons)]
+        this.record(row, "48, MariaDB", functools.partial(run_load, ports, load))
+        result = this.results.get((row, "48, MariaDB"))
+        if result and this.database.count(name) != result.all_accepted:
+            this.failures.append(f"{row}: {result.all_accepted} accepted, other number of rows")
+
+
+def steady(this: Round) -> None:
+    """A period shorter than the run: sends leave the windows as fast as they come."""
+    period = max(1, round(this.seconds))
+    load = this.load(warmup=period + 1.0)
+    for name in ("filling", "sliding", "quota"):
+        this.database.create(name)
+    filling = saslquota(this.bench, this.database, "filling")
+    sliding = saslquota(this.bench, this.database, "sliding", period)
+    measure_pair(
+        this, (table.FILLING, loaded(filling, load)), (table.SLIDING, loaded(sliding, load))
+    )
+    if done := this.results.get((table.SLIDING, table.ON_MARIADB)):
+        half = max(1, int(done.rate * period / load.senders / 2))
+        daemon = saslquota(this.bench, this.database, "quota", period, half)
+        refusing = dataclasses.replace(load, refused=REFUSAL)
+        this.record(table.AT_QUOTA, table.ON_MARIADB, loaded(daemon, refusing))
+
+
+def refusals(this: Round) -> None:
+    """One hot sender far over its quota."""
+    this.database.create("refused")
+    daemon = saslquota(this.bench, this.database, "refused", quota=50)
+    load = this.load(senders=1, refused=REFUSAL)
+    this.record(table.REFUSED, table.ON_MARIADB, loaded(daemon, load))
+
+
+def start(this: Round) -> None:
+    """From the start of the process to its first reply, on an SQLite file that exists."""
+    times = [start_seconds(this) for _ in range(5)]
+    middle = statistics.median(times)
+    result = Result(1 / middle, middle * 1e6, max(times) * 1e6, extra=middle)
+    this.record(table.START, "1", lambda: result)
+
+
+def start_seconds(this: Round) -> float:
+    """Start a daemon, ask it as soon as it listens, stop it."""
+    port = free_port()
+    command = saslquota_command(this.bench, None, "start", port, 3600, PLENTY)
+    begun = time.monotonic()
+    with this.bench.section():
+        this.bench.start(command, lambda: answers(port), pause=0.002)
+        return time.monotonic() - begun
+
+
+def answers(port: int) -> bool:
+    """Whether a request is answered with OK."""
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+            ask(connection, b"start")
+    except OSError:
+        return False
+    return True
+
+
+CASES: dict[str, Callable[[Round], None]] = {
+    "millions": millions,
+    "millions-sqlite": millions_sqlite,
+    "hot-window": hot_window,
+    "cold": cold,
+    "idle": idle,
+    "purge": purge,
+    "three-daemons": three_daemons,
+    "steady": steady,
+    "refusals": refusals,
+    "start": start,
+}

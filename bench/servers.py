@@ -1,0 +1,404 @@
+"""What the benchmark needs around it: tools, private servers and the load generator.
+
+Everything started here belongs to one Bench and is stopped by its process id when the Bench is
+closed, also after a failure. Data lives beside the checkout and not in /tmp, which may be a memory
+file system where a commit costs nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pwd
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+HERE = Path(__file__).resolve().parent
+PROGRAM = HERE.parent / "saslquota.py"
+DDL = HERE.parent / "mysql.sql"
+VENV = HERE / ".venv"
+WORK = HERE / ".work"
+PYTHON = VENV / "bin" / "python"
+
+# The command that is missing → Debian's package that brings it. The last two build mysqlclient,
+# which policyd-rate-limit wants for MySQL.
+DEBIAN = {
+    "mariadbd": "mariadb-server",
+    "cc": "gcc",
+    "postfwd1": "postfwd",
+    "mariadb_config": "libmariadb-dev",
+    "pkg-config": "pkg-config",
+}
+REQUIRED = ("mariadbd", "cc")
+START_SECONDS = 30.0
+STOP_SECONDS = 20.0
+
+
+def say(text: str) -> None:
+    """Progress goes to standard error: standard output holds the table only."""
+    print(text, file=sys.stderr, flush=True)
+
+
+# --- tools ---------------------------------------------------------------------------------------
+
+
+def prepare() -> None:
+    """Install what is missing and compile the load generator."""
+    os.environ["PATH"] += ":/usr/sbin:/sbin"
+    WORK.mkdir(exist_ok=True)
+    install_packages()
+    make_venv()
+    for name in ("load", "logsink"):
+        source, program = HERE / f"{name}.c", WORK / name
+        if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
+            subprocess.run(["cc", "-O2", "-Wall", "-o", program, source], check=True)
+
+
+def install_packages() -> None:
+    """Bring the commands of DEBIAN with apt-get when root; end when one we need stays missing."""
+    missing = [name for name in DEBIAN if not shutil.which(name)]
+    if missing and os.geteuid() == 0 and shutil.which("apt-get"):
+        packages = [*(DEBIAN[name] for name in missing), "libc6-dev", "python3-dev"]
+        say(f"installing {' '.join(packages)}")
+        quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        for command in (["update"], ["install", "-y", "--no-install-recommends", *packages]):
+            subprocess.run(["apt-get", "-qq", *command], env=quiet, stdout=sys.stderr, check=False)
+    for name in REQUIRED:
+        if not shutil.which(name):
+            raise SystemExit(f"bench: {name} is missing: apt-get install {DEBIAN[name]}")
+
+
+def make_venv() -> None:
+    """One environment for the daemon, its ceiling and the peer written in Python."""
+    if not PYTHON.exists():
+        subprocess.run([sys.executable, "-m", "venv", VENV], check=True)
+    if not has_module("mysql.connector"):
+        pip_install("mysql-connector-python")
+    if not has_module("policyd_rate_limit"):
+        pip_install("policyd-rate-limit", required=False)
+    if not has_module("MySQLdb"):
+        pip_install("mysqlclient", required=False)
+
+
+def pip_install(package: str, *, required: bool = True) -> None:
+    """Install into the benchmark's environment; a peer that cannot be had only loses its row."""
+    say(f"installing {package}")
+    command: list[str | Path] = [PYTHON, "-m", "pip", "install", "-q", package]
+    subprocess.run(command, stdout=sys.stderr, check=required)
+
+
+def has_module(name: str) -> bool:
+    """Whether the environment can import a module."""
+    done = subprocess.run([PYTHON, "-c", f"import {name}"], capture_output=True, check=False)
+    return done.returncode == 0
+
+
+# --- processes -----------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    """A TCP port that is free on the loopback address now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def accepts(port: int) -> bool:
+    """Whether somebody listens on a port of the loopback address."""
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def busy_share(seconds: float = 0.5) -> float:
+    """How much of all processors is in use now; before a round, by others than us."""
+    used, total = processor_ticks()
+    time.sleep(seconds)
+    used_then, total_then = processor_ticks()
+    return (used_then - used) / max(1, total_then - total)
+
+
+def processor_ticks() -> tuple[int, int]:
+    """Ticks of all processors since boot: those in use, and all."""
+    line = Path("/proc/stat").read_text().partition("\n")[0]
+    ticks = [int(field) for field in line.split()[1:9]]
+    return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """End one process of ours: politely, then by force."""
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+class Bench:
+    """Owns the processes and directories of one run; leaving it stops and removes them."""
+
+    def __init__(self) -> None:
+        self.stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda *_: sys.exit(1))
+        self.data = self.temporary(dir=WORK)
+        # Apart, because the path of a socket may have no more than 107 bytes.
+        self.sockets = self.temporary(prefix="bench-")
+        self.log = self.stack.enter_context((self.data / "log").open("a"))
+        self.log_socket, self.peer_log_socket = self.sockets / "log", self.sockets / "peer-log"
+        self.sink = self.start([WORK / "logsink", self.log_socket], self.log_socket.exists)
+        self.start([WORK / "logsink", self.peer_log_socket], self.peer_log_socket.exists)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+    def temporary(self, dir: Path | None = None, prefix: str = "") -> Path:  # noqa: A002
+        """A directory that is removed at the end; in /tmp where nothing else is said."""
+        made = tempfile.TemporaryDirectory(dir=dir, prefix=prefix)
+        return Path(self.stack.enter_context(made))
+
+    @contextlib.contextmanager
+    def section(self) -> Iterator[None]:
+        """What is started inside is stopped when it is left."""
+        outer, self.stack = self.stack, contextlib.ExitStack()
+        try:
+            yield
+        finally:
+            self.stack.close()
+            self.stack = outer
+
+    def path(self, suffix: str) -> Path:
+        """A new name in the data directory."""
+        return self.data / f"{secrets.token_hex(4)}{suffix}"
+
+    def start(
+        self, command: Sequence[str | Path], ready: Callable[[], bool], pause: float = 0.02
+    ) -> subprocess.Popen[str]:
+        """Start a process, wait until it is ready, and stop it at the end."""
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log, text=True
+        )
+        self.stack.callback(stop, process)
+        deadline = time.monotonic() + START_SECONDS
+        while not ready():
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise BenchError(f"{Path(command[0]).name} did not start: {self.last_words()}")
+            time.sleep(pause)
+        return process
+
+    def last_words(self) -> str:
+        """The end of what the processes have printed."""
+        return (self.data / "log").read_text(errors="replace")[-600:]
+
+    def lines_logged(self) -> int:
+        """Stop the log's reader; return how many lines saslquota has sent to it."""
+        if self.sink.poll() is not None:
+            return 0
+        stop(self.sink)
+        text = (self.data / "log").read_text(errors="replace")
+        return int(text.rpartition("sank ")[2].split()[0])
+
+
+class BenchError(Exception):
+    """One measurement could not be taken."""
+
+
+# --- MariaDB -------------------------------------------------------------------------------------
+
+
+class MariaDB:
+    """A private server with Debian's defaults, which make every commit durable."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.port = free_port()
+        self.user, self.password = "saslquota", secrets.token_hex(8)
+        self.socket = bench.sockets / "mariadb"
+        owner = pwd.getpwuid(os.geteuid()).pw_name
+        common = ["--no-defaults", f"--datadir={bench.data / 'mariadb'}", f"--user={owner}"]
+        install = ["mariadb-install-db", *common, "--skip-test-db"]
+        install += ["--auth-root-authentication-method=normal"]
+        subprocess.run(install, stdout=bench.log, stderr=bench.log, check=True)
+        serve = ["mariadbd", *common, f"--socket={self.socket}", f"--port={self.port}"]
+        serve += ["--bind-address=127.0.0.1", f"--pid-file={bench.sockets / 'mariadb.pid'}"]
+        serve += ["--innodb-flush-log-at-trx-commit=1", "--skip-name-resolve"]
+        bench.start(serve, self.is_ready)
+        self.sql(
+            f"CREATE USER {self.user}@'127.0.0.1' IDENTIFIED BY '{self.password}';"
+            f"GRANT ALL ON *.* TO {self.user}@'127.0.0.1'"
+        )
+
+    def is_ready(self) -> bool:
+        """Whether the server answers a query."""
+        return self.socket.exists() and self.client("SELECT 1").returncode == 0
+
+    def client(self, statements: str, database: str = "") -> subprocess.CompletedProcess[str]:
+        """Run statements with the command-line client, as root over the socket."""
+        return subprocess.run(
+            ["mariadb", "--no-defaults", "-N", "-B", "-u", "root", "-S", self.socket, database],
+            input=statements,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def sql(self, statements: str, database: str = "") -> str:
+        """Run statements and return what they print."""
+        done = self.client(statements, database)
+        if done.returncode != 0:
+            raise BenchError(f"MariaDB: {done.stderr.strip()}")
+        return done.stdout.strip()
+
+    def create(self, database: str) -> None:
+        """A database with an empty ledger."""
+        self.sql(f"DROP DATABASE IF EXISTS {database}; CREATE DATABASE {database}")
+        self.sql(DDL.read_text(), database)
+
+    def has(self, database: str) -> bool:
+        """Whether a database exists."""
+        return bool(self.sql(f"SHOW DATABASES LIKE '{database}'"))
+
+    def count(self, database: str) -> int:
+        """How many rows its ledger holds."""
+        return int(self.sql("SELECT COUNT(*) FROM sends", database))
+
+    def settle(self) -> None:
+        """Write a bulk load's dirty pages out now, not under the measurement that follows."""
+        self.sql("SET GLOBAL innodb_max_dirty_pages_pct = 0")
+        deadline = time.monotonic() + 120
+        dirty = "SHOW GLOBAL STATUS LIKE 'Innodb_buffer_pool_pages_dirty'"
+        while int(self.sql(dirty).split()[-1]) > 50 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        self.sql("SET GLOBAL innodb_max_dirty_pages_pct = 90")
+
+
+# --- saslquota -----------------------------------------------------------------------------------
+
+PLENTY = 1_000_000_000
+REFUSAL = "action=REJECT over quota"
+
+
+@dataclasses.dataclass(frozen=True)
+class Daemon:
+    """A policy server that listens."""
+
+    port: int
+    pid: int
+
+
+def saslquota(
+    bench: Bench, database: MariaDB | None, name: str, period: int = 3600, quota: int = PLENTY,
+    **settings: object,
+) -> Daemon:  # fmt: skip
+    """Start saslquota on a database of the server, or on an SQLite file; INFO goes to the sink."""
+    port = free_port()
+    command = saslquota_command(bench, database, name, port, period, quota, **settings)
+    return Daemon(port, bench.start(command, lambda: accepts(port)).pid)
+
+
+def saslquota_command(
+    bench: Bench, database: MariaDB | None, name: str, port: int, period: int, quota: int,
+    **settings: object,
+) -> list[str | Path]:  # fmt: skip
+    """Write the two files that saslquota needs; return the command that starts it with them."""
+    rules = {"default": {"period": period, "msgquota": quota, "msg": "over quota"}}
+    config: dict[str, object] = {
+        "_bind": "127.0.0.1",
+        "_bindport": port,
+        "_loglevel": "INFO",
+        "_loghandler": "syslog",
+        "_logaddress": str(bench.log_socket),
+        "_quotafile": str(write_json(bench, rules)),
+    }
+    if database:
+        config |= {"_store": "mysql", "_myhost": "127.0.0.1", "_myport": database.port}
+        config |= {"_myuser": database.user, "_mypasswd": database.password, "_mydb": name}
+    else:
+        config |= {"_store": "sqlite", "_sqlitefile": str(bench.data / f"{name}.db")}
+    return [PYTHON, PROGRAM, "-c", write_json(bench, config | settings)]
+
+
+def write_json(bench: Bench, content: dict[str, Any]) -> Path:
+    """Write a JSON file and return its path."""
+    path = bench.path(".json")
+    path.write_text(json.dumps(content))
+    return path
+
+
+# --- the load ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What the load generator is asked to do; see the head of load.c."""
+
+    connections: int = 16
+    fresh: bool = False
+    seconds: float = 3.0
+    warmup: float = 1.0
+    senders: int = 1000
+    requests: int = 0
+    in_turn: bool = False
+    accepted: str = "action=OK"
+    refused: str = ""
+
+    def arguments(self) -> list[str]:
+        """The options of load.c."""
+        options = ["-c", str(self.connections), "-s", str(self.senders), "-a", self.accepted]
+        options += ["-r", self.refused] if self.refused else []
+        options += ["-N"] if self.fresh else []
+        options += ["-o"] if self.in_turn else []
+        if self.requests:
+            return [*options, "-n", str(self.requests)]
+        return [*options, "-t", str(self.seconds), "-w", str(self.warmup)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One measurement; latencies in microseconds."""
+
+    rate: float
+    p50: float
+    p99: float
+    longest: float = 0
+    accepted: int = 0
+    refused: int = 0
+    all_accepted: int = 0
+    all_refused: int = 0
+    load_cpu: float = 0
+    extra: float = 0
+
+
+def run_load(ports: Sequence[int], load: Load) -> Result:
+    """Load servers; any wrong reply is a BenchError."""
+    command = [str(WORK / "load"), *load.arguments(), *map(str, ports)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise BenchError(done.stderr.strip())
+    return Result(**json.loads(done.stdout))
+
+
+def insert_alone(database: MariaDB, name: str, seconds: float, warmup: float) -> Result:
+    """One committed single-row INSERT after the other, through the daemon's connector."""
+    login = [str(database.port), database.user, database.password, name]
+    command: list[str | Path] = [PYTHON, HERE / "insert.py", *login, str(seconds), str(warmup)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise BenchError(done.stderr.strip())
+    return Result(**json.loads(done.stdout))

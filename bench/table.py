@@ -1,0 +1,212 @@
+"""From the rounds' measurements to the table and the list of what is reached."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Mapping
+
+from servers import Result
+
+CEILING = "ceiling (threads, no log)"
+INSERT = "one committed INSERT"
+MARIADB = "saslquota, MariaDB"
+SQLITE = "saslquota, SQLite"
+PRL_MYSQL = "policyd-rate-limit, MySQL"
+PRL_SQLITE = "policyd-rate-limit, SQLite"
+POSTFWD = "postfwd, logging"
+POSTFWD_SILENT = "postfwd, not logging"
+PEERS = (PRL_MYSQL, PRL_SQLITE, POSTFWD, POSTFWD_SILENT)
+
+Key = tuple[str, str]  # row, load
+Round = Mapping[Key, Result]
+
+
+def ratios(
+    rounds: list[dict[Key, Result]], top: Key, bottom: Key, figure: str = "rate"
+) -> list[float]:
+    """One row's figure over another's, in each round that has both."""
+    pairs = [(done[top], done[bottom]) for done in rounds if top in done and bottom in done]
+    return [getattr(a, figure) / getattr(b, figure) for a, b in pairs]
+
+
+def median_ratio(
+    rounds: list[dict[Key, Result]], top: Key, bottom: Key, figure: str = "rate"
+) -> float | None:
+    """The median over the rounds of a ratio taken within each round; None without any."""
+    found = ratios(rounds, top, bottom, figure)
+    return statistics.median(found) if found else None
+
+
+def median(rounds: list[dict[Key, Result]], key: Key, figure: str) -> float | None:
+    """The median of one figure of one row over the rounds."""
+    found = [getattr(done[key], figure) for done in rounds if key in done]
+    return statistics.median(found) if found else None
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+
+def table(rounds: list[dict[Key, Result]]) -> str:
+    """Every row that was measured, in the order of first measurement, loads together."""
+    keys = list(dict.fromkeys(key for done in rounds for key in done))
+    loads = list(dict.fromkeys(load for _, load in keys))
+    head = ["connections", "row", "decisions/s", "rounds", "p50 ms", "p99 ms", "of ceiling"]
+    head += ["of best peer", "load cpu"]
+    lines = [head]
+    for load in loads:
+        lines += [line(rounds, key) for key in keys if key[1] == load]
+    widths = [max(len(cells[i]) for cells in lines) for i in range(len(head))]
+    rule = ["-" * width for width in widths]
+    return "\n".join(markdown(cells, widths) for cells in [head, rule, *lines[1:]])
+
+
+def markdown(cells: list[str], widths: list[int]) -> str:
+    """One line of a Markdown table; words to the left, figures to the right."""
+    padded = [
+        cell.ljust(width) if i < 2 else cell.rjust(width)
+        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    ]
+    return "| " + " | ".join(padded) + " |"
+
+
+def line(rounds: list[dict[Key, Result]], key: Key) -> list[str]:
+    """The cells of one row: medians over the rounds, and the span of the rounds' rates."""
+    row, load = key
+    results = [done[key] for done in rounds if key in done]
+    base = load if (CEILING, load) in rounds[0] else "16"
+    rates = [result.rate for result in results]
+    return [
+        load,
+        row,
+        f"{statistics.median(rates):,.0f}",
+        f"{min(rates):,.0f}-{max(rates):,.0f}",
+        milliseconds([result.p50 for result in results]),
+        milliseconds([result.p99 for result in results]),
+        share(None if row == START else median_ratio(rounds, key, (CEILING, base))),
+        share(None if row == START else best_peer_ratio(rounds, key, base)),
+        f"{statistics.median(result.load_cpu for result in results):.0%}",
+    ]
+
+
+def milliseconds(microseconds: list[float]) -> str:
+    """The median of latencies."""
+    return f"{statistics.median(microseconds) / 1000:.2f}"
+
+
+def share(ratio: float | None) -> str:
+    """A ratio, or nothing where there is none."""
+    return "" if ratio is None else f"{ratio:.2f}"
+
+
+def best_peer_ratio(rounds: list[dict[Key, Result]], key: Key, load: str) -> float | None:
+    """The row's rate over the fastest peer's under the same load, in each round."""
+    found = []
+    for done in rounds:
+        peers = [done[peer, load].rate for peer in PEERS if (peer, load) in done]
+        if key in done and peers:
+            found.append(done[key].rate / max(peers))
+    return statistics.median(found) if found else None
+
+
+# --- what must be reached ------------------------------------------------------------------------
+
+# Rows of the scale part; each is measured beside the row it is compared with, in the same round.
+EMPTY = "empty table"
+MILLIONS = "5,000,000 rows in the table"
+ONE_SENDER = "one sender, empty window"
+HOT_WINDOW = "one sender, 100,000 in its window"
+WARM = "1,000 senders, warm cache"
+COLD = "100,000 senders, each once, cold cache"
+FEW_IDLE = "no idle connections"
+IDLE = "2,000 idle connections"
+NO_PURGE = "nothing to purge"
+PURGE = "purging 1,000,000 rows"
+ONE_DAEMON = "50 senders, one daemon"
+THREE_DAEMONS = "50 senders, three daemons"
+FILLING = "windows filling"
+SLIDING = "windows full and sliding"
+AT_QUOTA = "windows sliding at their quota"
+REFUSED = "refusals of one hot sender"
+MILLIONS_SQLITE = "5,000,000 rows in the table, SQLite"
+EMPTY_SQLITE = "empty table, SQLite"
+START = "start to first reply, SQLite"
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A figure that the issue asks for, and how it is taken from the rounds."""
+
+    text: str
+    bound: float
+    measure: Callable[[list[dict[Key, Result]]], float | None]
+    at_most: bool = False
+    form: str = "{:.2f}"
+
+    def judge(self, rounds: list[dict[Key, Result]]) -> list[str] | None:
+        """The cells of its line; None when the rows it needs were not measured."""
+        value = self.measure(rounds)
+        if value is None:
+            return None
+        reached = value <= self.bound if self.at_most else value >= self.bound
+        asked = ("at most " if self.at_most else "at least ") + self.form.format(self.bound)
+        return [self.text, asked, self.form.format(value), "yes" if reached else "NO"]
+
+
+def ratio_target(
+    text: str, bound: float, top: Key, bottom: Key, figure: str = "rate", *, at_most: bool = False,
+    form: str = "{:.2f}",
+) -> Target:  # fmt: skip
+    """A target that is a ratio of one figure of two rows."""
+    return Target(text, bound, lambda r: median_ratio(r, top, bottom, figure), at_most, form)
+
+
+ON_MARIADB = "16, MariaDB"
+ON_SQLITE = "16, SQLite"
+TIMES = "{:.1f} x"
+
+TARGETS = (
+    ratio_target("MariaDB, 16: share of the ceiling", 0.60, (MARIADB, "16"), (CEILING, "16")),
+    ratio_target("MariaDB, 16: beside policyd-rate-limit on MySQL", 12,
+                 (MARIADB, "16"), (PRL_MYSQL, "16"), form=TIMES),
+    ratio_target("MariaDB, 16: beside postfwd, each logging its decisions", 3.5,
+                 (MARIADB, "16"), (POSTFWD, "16"), form=TIMES),
+    ratio_target("MariaDB, 16: beside postfwd not logging", 3.5,
+                 (MARIADB, "16"), (POSTFWD_SILENT, "16"), form=TIMES),
+    ratio_target("MariaDB, 1: p50 beside one committed INSERT", 1.5,
+                 (MARIADB, "1"), (INSERT, "1"), "p50", at_most=True, form=TIMES),
+    ratio_target("SQLite, 16: share of the ceiling", 0.40, (SQLITE, "16"), (CEILING, "16")),
+    ratio_target("5,000,000 rows beside an empty table", 0.90,
+                 (MILLIONS, ON_MARIADB), (EMPTY, ON_MARIADB)),
+    ratio_target("5,000,000 rows beside an empty table, SQLite", 0.90,
+                 (MILLIONS_SQLITE, ON_SQLITE), (EMPTY_SQLITE, ON_SQLITE)),
+    ratio_target("100,000 sends in a window beside an empty one", 0.90,
+                 (HOT_WINDOW, ON_MARIADB), (ONE_SENDER, ON_MARIADB)),
+    ratio_target("cold cache: share of warm", 0.40, (COLD, ON_MARIADB), (WARM, ON_MARIADB)),
+    ratio_target("windows sliding beside windows filling", 0.85,
+                 (SLIDING, ON_MARIADB), (FILLING, ON_MARIADB)),
+    ratio_target("windows sliding at their quota beside windows filling", 0.85,
+                 (AT_QUOTA, ON_MARIADB), (FILLING, ON_MARIADB)),
+    ratio_target("during a purge: p99 beside without", 3,
+                 (PURGE, ON_MARIADB), (NO_PURGE, ON_MARIADB), "p99", at_most=True, form=TIMES),
+    ratio_target("MariaDB, 256: share of the rate at 64", 0.75, (MARIADB, "256"), (MARIADB, "64")),
+    ratio_target("MariaDB, 256: p99 beside the ceiling's", 2,
+                 (MARIADB, "256"), (CEILING, "256"), "p99", at_most=True, form=TIMES),
+    Target("2,000 idle connections: resident memory", 120,
+           lambda r: median(r, (IDLE, ON_MARIADB), "extra"), at_most=True, form="{:.0f} MB"),
+    ratio_target("refusals of one hot sender: share of the ceiling", 0.75,
+                 (REFUSED, ON_MARIADB), (CEILING, "16")),
+    Target("start to first reply (SQLite)", 0.3,
+           lambda r: median(r, (START, "1"), "extra"), at_most=True, form="{:.2f} s"),
+)  # fmt: skip
+
+
+def reached(rounds: list[dict[Key, Result]]) -> str:
+    """The targets whose rows were measured: asked, measured, reached."""
+    lines = [cells for target in TARGETS if (cells := target.judge(rounds))]
+    if not lines:
+        return ""
+    head = ["target", "asked", "measured", "reached"]
+    widths = [max(len(cells[i]) for cells in [head, *lines]) for i in range(len(head))]
+    rule = ["-" * width for width in widths]
+    return "\n".join(markdown(cells, widths) for cells in [head, rule, *lines])

@@ -1,0 +1,144 @@
+"""Fixtures that hand out real servers, and the rule for skipped tests.
+
+A test that needs a server which is not installed, or which only root can run, is skipped. The
+run's last lines say so loudly, and with CI=true in the environment it fails the run.
+"""
+
+import os
+import shutil
+import signal
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
+
+import pytest
+from servers import IS_ROOT, Daemon, Database, MariaDB, Postfix, Supervisor
+
+
+def require(*commands: str, root: bool = False) -> None:
+    """Skip the test unless the commands are installed (and we are root)."""
+    missing = [command for command in commands if shutil.which(command) is None]
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    if root and not IS_ROOT:
+        pytest.skip("needs root")
+
+
+def _skips(config: pytest.Config) -> Counter[str]:
+    """Return the reasons of all skips, of tests and of whole files, with their numbers."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    reports = reporter.stats.get("skipped", []) if reporter else []
+    return Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in reports)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Let Ctrl-C, SIGTERM and SIGHUP end the test, all servers and the run."""
+
+    def interrupt(signum: int, _frame: FrameType | None) -> None:
+        session.shouldstop = signal.Signals(signum).name  # also when the exception gets lost
+        raise KeyboardInterrupt
+
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, interrupt)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail a CI run in which anything was skipped."""
+    is_ci = os.environ.get("CI") == "true"
+    if is_ci and session.exitstatus == pytest.ExitCode.OK and _skips(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Say what was not tested, after everything else."""
+    skips = _skips(config)
+    if not skips:
+        return
+    print(f"\n{'!' * 78}\n!! NOT TESTED: {skips.total()} tests were SKIPPED")
+    for reason, number in skips.items():
+        print(f"!!   {number} x {reason}")
+    if os.environ.get("CI") == "true":
+        print("!! With CI=true that is a failure.")
+    print("!" * 78)
+
+
+@pytest.fixture(scope="session")
+def new_directory() -> Iterator[Callable[[], Path]]:
+    """Make directories that other users can enter, as servers that drop root need; removed at last.
+
+    (pytest's own tmp_path is closed to them.)
+    """
+    with tempfile.TemporaryDirectory(prefix="saslquota-tests-") as top:
+        Path(top).chmod(0o755)
+        count = iter(range(1, 100_000))
+
+        def make() -> Path:
+            path = Path(top, str(next(count)))
+            path.mkdir()
+            return path
+
+        yield make
+
+
+@pytest.fixture(scope="session")
+def _session_mariadb(new_directory: Callable[[], Path]) -> Iterator[MariaDB]:
+    require("mariadbd", "mariadb-install-db", "mariadb")
+    with MariaDB(new_directory()) as server:
+        yield server
+
+
+@pytest.fixture
+def mariadb(_session_mariadb: MariaDB) -> Iterator[MariaDB]:
+    """A MariaDB server that runs, also when the test before has stopped, frozen or killed it."""
+    if not _session_mariadb.running:
+        _session_mariadb.start()
+    yield _session_mariadb
+    if _session_mariadb.running:
+        _session_mariadb.thaw()
+
+
+@pytest.fixture
+def database(mariadb: MariaDB) -> Database:
+    """A fresh database with our table in it."""
+    return mariadb.create_database()
+
+
+@pytest.fixture
+def daemon(new_directory: Callable[[], Path]) -> Iterator[Callable[..., Daemon]]:
+    """Start daemons: daemon(config, rules, env), see servers.Daemon."""
+    with ExitStack() as stack:
+
+        def start(*arguments: object, **options: object) -> Daemon:
+            started = Daemon(new_directory(), *arguments, **options)  # type: ignore[arg-type]
+            return stack.enter_context(started)
+
+        yield start
+
+
+@pytest.fixture
+def postfix(new_directory: Callable[[], Path]) -> Iterator[Callable[..., Postfix]]:
+    """Start Postfix instances: postfix(saslquota, main, options, users), see servers.Postfix."""
+    require("postfix", "postconf", "saslpasswd2", "openssl", root=True)
+    with ExitStack() as stack:
+
+        def start(*arguments: object, **options: object) -> Postfix:
+            started = Postfix(new_directory(), *arguments, **options)  # type: ignore[arg-type]
+            return stack.enter_context(started)
+
+        yield start
+
+
+@pytest.fixture
+def supervisor(new_directory: Callable[[], Path]) -> Iterator[Callable[..., Supervisor]]:
+    """Start supervisord with the shipped program: supervisor(env), see servers.Supervisor."""
+    require("supervisord", "supervisorctl")
+    with ExitStack() as stack:
+
+        def start(*arguments: object, **options: object) -> Supervisor:
+            started = Supervisor(new_directory(), *arguments, **options)  # type: ignore[arg-type]
+            return stack.enter_context(started)
+
+        yield start

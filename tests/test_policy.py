@@ -1,0 +1,334 @@
+"""What is answered to a request, and what it costs: Policy over a real SQLite ledger."""
+
+import json
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from saslquota import (
+    Answer,
+    Committer,
+    Config,
+    Ledger,
+    Policy,
+    Request,
+    RulesFile,
+    SQLiteStore,
+    verdict_line,
+)
+
+RULES = {
+    "default": {"period": 3600, "msgquota": 10, "msg": " over quota "},
+    "small.example": {"period": 3600, "msgquota": 1, "msg": "one is enough"},
+    "none.example": {"period": 3600, "msgquota": 0, "msg": "never"},
+}
+Make = Callable[..., Policy]
+
+
+def make_policy(path: Path, **settings: Any) -> tuple[Policy, RulesFile, Committer]:
+    (path / "quotarules.json").write_text(json.dumps(RULES), "utf-8")
+    config = Config(path=path / "saslquota.json", store="sqlite", **settings)
+    store = SQLiteStore(config.beside(config.sqlitefile), config.dbtimeout / 2)
+    committer = Committer(Ledger(store, config.retentiondays * 86400), config.dbtimeout)
+    rules = RulesFile(config.beside(config.quotafile), config.retentiondays * 86400)
+    return Policy(config, rules, committer), rules, committer
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Make]:
+    """Make policies with these settings; their committers run, and end with the test."""
+    with ExitStack() as stack:
+
+        def start(**settings: Any) -> Policy:
+            policy, _, committer = make_policy(tmp_path, **settings)
+            committer.start()
+            stack.callback(committer.stop, 10)
+            return policy
+
+        yield start
+
+
+@pytest.fixture
+def policy(make: Make) -> Policy:
+    return make()
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Callable[[str], list[Any]]:
+    """Read columns of the ledger, as an administrator would."""
+
+    def read(columns: str) -> list[Any]:
+        with closing(sqlite3.connect(tmp_path / "saslquota.db")) as connection:
+            found = connection.execute(f"SELECT {columns} FROM sends ORDER BY account, seq")
+            return found.fetchall()
+
+    return read
+
+
+def request(login: str = "alice@example.com", state: str = "RCPT", **more: Any) -> Request:
+    fields = {
+        "protocol_state": state,
+        "sasl_username": login,
+        "sender": "a@x.br",
+        "recipient": "b@y.br",
+        "recipient_count": 0,
+        "client_address": "192.0.2.1",
+        "instance": "123.456.789.0",
+        "size": 600,
+    }
+    return Request(**{**fields, **more})
+
+
+def used(answer: Answer) -> int:
+    assert answer.verdict, answer
+    return answer.verdict.used
+
+
+# --- States and what they cost --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("state", "count", "cost"),
+    [
+        ("MAIL", 0, 1),
+        ("MAIL", 5, 1),
+        ("RCPT", 0, 1),
+        ("RCPT", 5, 1),
+        ("DATA", 0, 1),
+        ("DATA", 1, 1),
+        ("DATA", 5, 5),
+        ("END-OF-MESSAGE", 0, 1),
+        ("END-OF-MESSAGE", 7, 7),
+    ],
+)
+def test_what_a_request_costs(
+    policy: Policy, rows: Callable[[str], list[Any]], state: str, count: int, cost: int
+) -> None:
+    answer = policy.check(request(state=state, recipient_count=count))
+    assert (answer.action, used(answer)) == ("OK", cost)
+    assert rows("account, seq, recipients, total") == [("alice@example.com", 1, cost, cost)]
+
+
+FREE = ["CONNECT", "EHLO", "HELO", "VRFY", "ETRN", "", "rcpt"]
+
+
+@pytest.mark.parametrize("state", FREE)
+@pytest.mark.parametrize("login", ["", "alice@example.com", "x" * 321])
+@pytest.mark.parametrize("nosasl", ["REJECT", "DUNNO"])
+def test_the_other_states_cost_nothing(tmp_path: Path, state: str, login: str, nosasl: str) -> None:
+    """And are never refused: with smtpd_delay_reject=no nobody could log in any more."""
+    policy, *_ = make_policy(tmp_path, nosasl=nosasl)  # its committer never runs
+    assert policy.check(request(login, state)).action == "DUNNO"
+
+
+@pytest.mark.parametrize("state", ["MAIL", "RCPT", "DATA", "END-OF-MESSAGE"])
+@pytest.mark.parametrize("login", ["", " ", "\t"])
+@pytest.mark.parametrize(
+    ("nosasl", "action"), [("REJECT", "REJECT authentication required"), ("DUNNO", "DUNNO")]
+)
+def test_without_a_login(tmp_path: Path, state: str, login: str, nosasl: str, action: str) -> None:
+    policy, *_ = make_policy(tmp_path, nosasl=nosasl)
+    answer = policy.check(request(login, state))
+    assert (answer.action, answer.verdict) == (action, None)
+
+
+def test_without_a_login_is_the_default_a_refusal(policy: Policy) -> None:
+    assert policy.check(request("")).action == "REJECT authentication required"
+
+
+# --- The quota ------------------------------------------------------------------------------------
+
+
+def test_exactly_the_quota_passes(policy: Policy) -> None:
+    answers = [policy.check(request()) for _ in range(12)]
+    assert [a.action for a in answers] == ["OK"] * 10 + ["REJECT over quota"] * 2
+    assert [used(a) for a in answers] == [*range(1, 11), 10, 10]
+
+
+def test_a_refused_send_is_not_counted(policy: Policy, rows: Callable[[str], list[Any]]) -> None:
+    """What fits after it still passes."""
+    sizes = [(6, "OK"), (5, "REJECT over quota"), (4, "OK"), (1, "REJECT over quota")]
+    for count, action in sizes:
+        assert policy.check(request(state="DATA", recipient_count=count)).action == action
+    assert rows("recipients, total") == [(6, 6), (4, 10)]
+
+
+def test_each_sender_has_a_quota_of_its_own(policy: Policy) -> None:
+    assert [policy.check(request(f"{n}@small.example")).action for n in "abc"] == ["OK"] * 3
+    assert policy.check(request("b@small.example")).action == "REJECT one is enough"
+
+
+def test_a_quota_of_nothing(policy: Policy, rows: Callable[[str], list[Any]]) -> None:
+    assert policy.check(request("a@none.example")).action == "REJECT never"
+    assert rows("*") == []
+
+
+def test_many_at_once_never_pass_the_quota(policy: Policy) -> None:
+    actions: list[str] = []
+
+    def send() -> None:
+        actions.extend(policy.check(request()).action for _ in range(5))
+
+    threads = [threading.Thread(target=send) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(actions) == ["OK"] * 10 + ["REJECT over quota"] * 30
+
+
+def test_the_count_outlives_the_daemon(make: Make) -> None:
+    assert make().check(request("a@small.example")).action == "OK"
+    assert make().check(request("a@small.example")).action == "REJECT one is enough"
+
+
+# --- Who is charged -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("login", "account"),
+    [
+        pytest.param("Bob@Example.COM", "bob@example.com", id="upper-case"),
+        pytest.param(" bob@example.com ", "bob@example.com", id="spaces"),
+        pytest.param("JOÃO@example.com", "joão@example.com", id="not-ascii"),
+        pytest.param("bob", "bob", id="no-domain"),
+        pytest.param("bob'; --\\%\"?", "bob'; --\\%\"?", id="quotes"),
+        pytest.param("x" * 320, "x" * 320, id="longest"),
+        pytest.param("é" * 320, "é" * 320, id="longest-not-ascii"),
+        pytest.param("a\0b\r\x1f", "a\0b", id="control"),
+        pytest.param("jo\udce3o@example.com", "jo\\udce3o@example.com", id="latin-1"),
+    ],
+)
+def test_the_account(
+    policy: Policy, rows: Callable[[str], list[Any]], login: str, account: str
+) -> None:
+    assert [used(policy.check(request(who))) for who in (login, account)] == [1, 2]
+    assert rows("account, seq") == [(account, 1), (account, 2)]
+
+
+@pytest.mark.parametrize(
+    "login",
+    [
+        pytest.param("x" * 321, id="ascii"),
+        pytest.param("é" * 321, id="not-ascii"),
+        pytest.param("İ" * 200, id="longer-in-lower-case"),
+        pytest.param("\udcff" * 320, id="not-utf-8"),
+        pytest.param("x" * 60_000, id="endless"),
+    ],
+)
+def test_a_login_that_is_too_long(
+    policy: Policy, rows: Callable[[str], list[Any]], login: str
+) -> None:
+    answer = policy.check(request(login))
+    assert (answer.action, answer.verdict) == ("REJECT login name too long", None)
+    assert policy.check(request("bob")).action == "OK"
+    assert rows("account") == [("bob",)]
+
+
+def test_logins_that_are_no_utf_8_are_told_apart(policy: Policy) -> None:
+    logins = ["jo\udce3o@small.example", "jo\udce4o@small.example", "joo@small.example"]
+    assert [policy.check(request(login)).action for login in logins] == ["OK"] * 3
+
+
+@pytest.mark.parametrize(
+    ("sent", "kept"),
+    [
+        pytest.param("14b4.5f3a8c2e.a1b2c.0", "14b4.5f3a8c2e.a1b2c.0", id="postfix"),
+        pytest.param("", "", id="before-mail-from"),
+        pytest.param("é" * 64, "é" * 64, id="longest"),
+        pytest.param("é" * 65, "é" * 64, id="too-long"),
+        pytest.param("\udcff" * 64, "\\udcff" * 10 + "\\udc", id="not-utf-8"),
+    ],
+)
+def test_the_instance(
+    policy: Policy, rows: Callable[[str], list[Any]], sent: str, kept: str
+) -> None:
+    assert policy.check(request(instance=sent)).action == "OK"
+    assert rows("instance") == [(kept,)]
+
+
+def test_the_largest_count_passes(policy: Policy, rows: Callable[[str], list[Any]]) -> None:
+    answer = policy.check(request(state="DATA", recipient_count=1_000_000))
+    assert answer.action == "REJECT over quota"
+    assert rows("*") == []
+
+
+# --- What is answered -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("action", ["OK", "DUNNO"])
+def test_the_action_for_an_accepted_send(make: Make, action: str) -> None:
+    policy = make(okaction=action)
+    sent = [policy.check(request("a@small.example")).action for _ in range(2)]
+    assert sent == [action, "REJECT one is enough"]
+
+
+@pytest.mark.parametrize(
+    ("onfailure", "action"),
+    [
+        (None, "DEFER_IF_PERMIT quota service unavailable, try again later"),
+        ("DEFER_IF_PERMIT", "DEFER_IF_PERMIT quota service unavailable, try again later"),
+        ("OK", "OK"),
+    ],
+)
+def test_the_action_when_the_store_cannot_be_used(
+    make: Make, tmp_path: Path, onfailure: str | None, action: str
+) -> None:
+    settings = {} if onfailure is None else {"onfailure": onfailure}
+    policy = make(sqlitefile="missing/saslquota.db", **settings)
+    answer = policy.check(request())
+    assert (answer.action, answer.verdict) == (action, None)
+    assert policy.check(request("")).action == "REJECT authentication required"
+    assert policy.check(request(state="CONNECT")).action == "DUNNO"
+    assert not (tmp_path / "missing").exists()
+
+
+def test_a_rule_changes_while_it_runs(tmp_path: Path) -> None:
+    """Also its period: what was sent before still counts."""
+    policy, rules, committer = make_policy(tmp_path)
+    committer.start()
+    assert [policy.check(request("a@small.example")).action for _ in range(2)] == [
+        "OK",
+        "REJECT one is enough",
+    ]
+    changed = {**RULES, "small.example": {"period": 7200, "msgquota": 2, "msg": "two are enough"}}
+    (tmp_path / "quotarules.json").write_text(json.dumps(changed), "utf-8")
+    rules.reload()
+    assert [policy.check(request("a@small.example")).action for _ in range(2)] == [
+        "OK",
+        "REJECT two are enough",
+    ]
+    committer.stop(10)
+
+
+# --- What the log tells of it ---------------------------------------------------------------------
+
+
+def test_the_line_of_an_accepted_send(policy: Policy) -> None:
+    sent = request("Alice@Example.com", recipient="b@y.br")
+    assert verdict_line(sent, policy.check(sent)) == (
+        "sasl_username=Alice@Example.com, rcpt=b@y.br, rule=default, quota 1/10 (10.00%),"
+        " period=3600, action=ACCEPT, sender=a@x.br, client_address=192.0.2.1,"
+        " instance=123.456.789.0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("login", "quota"),
+    [("a@none.example", "0/0 (100.00%)"), ("a@small.example", "1/1 (100.00%)")],
+)
+def test_the_line_of_a_refused_send(policy: Policy, login: str, quota: str) -> None:
+    sent = request(login)
+    policy.check(sent)
+    answer = policy.check(sent)
+    assert answer.rule
+    assert verdict_line(sent, answer) == (
+        f"sasl_username={login}, rcpt=b@y.br, rule={answer.rule.key}, quota {quota},"
+        " period=3600, action=REJECT, sender=a@x.br, client_address=192.0.2.1,"
+        f" instance=123.456.789.0, msg={answer.rule.msg}"
+    )

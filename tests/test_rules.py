@@ -1,0 +1,188 @@
+"""quotarules.json: which rule a sender gets, and what happens when the file changes.
+
+rules/invalid holds files that must be refused, each beside the message it must get; rules/valid
+holds files that must be taken, each beside the rule that some logins must get.
+"""
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import pytest
+from servers import ROOT
+
+from saslquota import ConfigError, RulesFile, load_rules
+
+HERE = Path(__file__).resolve().parent / "rules"
+RETENTION = 30 * 86400
+SENTENCE = (
+    "Ops!!! Você já mandou o limite de {} emails no intervalo de {} segundos,"
+    " tente novamente mais tarde"
+)
+
+
+def files(directory: Path) -> list[Path]:
+    found = sorted(directory.glob("*.json"))
+    assert found, directory
+    return found
+
+
+@pytest.mark.parametrize("path", files(HERE / "invalid"), ids=lambda path: path.stem)
+def test_an_invalid_file_gets_its_message(path: Path) -> None:
+    expected = path.with_suffix(".txt").read_text("utf-8").removesuffix("\n")
+    with pytest.raises(ConfigError) as caught:
+        load_rules(path, RETENTION)
+    assert str(caught.value) == f"{path.parent}/{expected}"
+
+
+@pytest.mark.parametrize("path", files(HERE / "valid"), ids=lambda path: path.stem)
+def test_a_valid_file_gives_its_rules(path: Path) -> None:
+    rules = load_rules(path, RETENTION)
+    for line in path.with_suffix(".txt").read_text("utf-8").splitlines():
+        login, _, expected = line.partition(" -> ")
+        rule = rules.select(login)
+        (window,) = rule.windows
+        assert f"{rule.key}: {window}: {rule.msg}" == expected, login
+
+
+def test_the_shipped_rules() -> None:
+    path = ROOT / "quotarules.json"
+    shipped = [("default", 120, 500), ("localhost", 1200, 5000), ("root@localhost", 300, 50)]
+    assert json.loads(path.read_text("utf-8")) == {
+        key: {"period": period, "msgquota": quota, "msg": f" {SENTENCE.format(quota, period)} "}
+        for key, period, quota in shipped
+    }
+    assert [(rule.key, rule.windows, rule.msg) for rule in load_rules(path, RETENTION)] == [
+        (key, ((period, quota),), SENTENCE.format(quota, period)) for key, period, quota in shipped
+    ]
+
+
+def test_the_shipped_rules_are_readable_in_the_file() -> None:
+    """An administrator edits `Você`, not `Voc\\u00ea`."""
+    assert "Você já mandou" in (ROOT / "quotarules.json").read_text("utf-8")
+
+
+# --- Reading them again ---------------------------------------------------------------------------
+
+
+def quota(amount: int, period: int = 60) -> str:
+    return json.dumps({"default": {"period": period, "msgquota": amount, "msg": "no"}})
+
+
+def in_force(rules: RulesFile) -> int:
+    return rules.rules.select("alice@example.com").windows[0].msgquota
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "quotarules.json"
+    path.write_text(quota(10), "utf-8")
+    return path
+
+
+@pytest.fixture
+def rules(path: Path, caplog: pytest.LogCaptureFixture) -> RulesFile:
+    caplog.set_level(logging.INFO, "saslquota")
+    return RulesFile(path, RETENTION)
+
+
+def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
+
+
+def test_an_unchanged_file_is_not_read(rules: RulesFile, caplog: pytest.LogCaptureFixture) -> None:
+    before = rules.rules
+    rules.reload()
+    assert rules.rules is before
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("amount", [20, 200])
+def test_a_changed_file_is_read(
+    rules: RulesFile, path: Path, caplog: pytest.LogCaptureFixture, amount: int
+) -> None:
+    path.write_text(quota(amount), "utf-8")
+    rules.reload()
+    assert in_force(rules) == amount
+    assert caplog.messages == [f"rules read again: default {amount} in 60 s"]
+
+
+def test_a_file_put_in_its_place_is_read(rules: RulesFile, path: Path) -> None:
+    """As editors and configuration management do; also when it is older and as long."""
+    before = path.stat()
+    other = path.with_name("new")
+    other.write_text(quota(20), "utf-8")
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other.replace(path)
+    rules.reload()
+    assert in_force(rules) == 20
+
+
+def test_force_reads_also_what_looks_unchanged(
+    rules: RulesFile, caplog: pytest.LogCaptureFixture
+) -> None:
+    rules.reload(force=True)
+    assert caplog.messages == ["rules read again: default 10 in 60 s"]
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        pytest.param('{\n"default": {', ", line 2, column 13: not JSON: ", id="half-written"),
+        pytest.param("", ", line 1, column 1: not JSON: Expecting value", id="empty"),
+        pytest.param(
+            '{\n"default": {"period": "soon", "msgquota": 20, "msg": "no"}}',
+            ', line 2: "default": "period": must be a whole number from 1 to 315360000',
+            id="bad-value",
+        ),
+        pytest.param(
+            quota(20, RETENTION + 1),
+            ', line 1: "default": "period": too long, _retentiondays keeps sends for 2592000'
+            " seconds only",
+            id="period-longer-than-retention",
+        ),
+        pytest.param(quota(20).replace("20", "2" * 5000), ", line 1", id="endless-number"),
+    ],
+)
+def test_a_broken_file_keeps_the_old_rules(
+    rules: RulesFile, path: Path, caplog: pytest.LogCaptureFixture, broken: str, reason: str
+) -> None:
+    path.write_text(broken, "utf-8")
+    rules.reload()
+    assert in_force(rules) == 10
+    (error,) = errors(caplog)
+    assert f"the old ones stay in force: {path}{reason}" in error
+    assert "\n" not in error
+
+
+def test_a_broken_file_is_told_once(
+    rules: RulesFile, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path.write_text("{", "utf-8")
+    rules.reload()
+    rules.reload()
+    assert len(errors(caplog)) == 1
+    path.write_text(quota(30), "utf-8")
+    rules.reload()
+    assert (in_force(rules), len(errors(caplog))) == (30, 1)
+
+
+def test_a_missing_file_keeps_the_old_rules(
+    rules: RulesFile, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path.unlink()
+    rules.reload()
+    rules.reload()
+    assert in_force(rules) == 10
+    (error,) = errors(caplog)
+    assert f"{path}: cannot be read: No such file or directory" in error
+    path.write_text(quota(30), "utf-8")
+    rules.reload()
+    assert in_force(rules) == 30
+
+
+def test_no_start_with_bad_rules(path: Path) -> None:
+    path.write_text("{}", "utf-8")
+    with pytest.raises(ConfigError, match='the rule "default" is missing'):
+        RulesFile(path, RETENTION)

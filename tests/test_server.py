@@ -1,0 +1,569 @@
+"""The real daemon over real sockets: connections, time-outs, limits and signals."""
+
+import os
+import re
+import resource
+import select
+import signal
+import socket
+import sqlite3
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from servers import LOOPBACK, ROOT, Daemon, Policy, clean_environment, is_listening, wait_for
+
+Start = Callable[..., Daemon]
+ONE_EACH = {"default": {"period": 3600, "msgquota": 1, "msg": "over quota"}}
+SMALL = b"request=smtpd_access_policy\nprotocol_state=CONNECT\n\n"
+
+
+def connected(address: tuple[str, int] | str) -> Policy:
+    """A policy connection to any address, a Unix socket's path among them."""
+    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+    if isinstance(address, tuple) and ":" in address[0]:
+        family = socket.AF_INET6
+    policy = Policy.__new__(Policy)
+    policy._socket = socket.socket(family, socket.SOCK_STREAM)
+    policy._socket.settimeout(20)
+    policy._socket.connect(address)
+    policy._stream = policy._socket.makefile("rb")
+    return policy
+
+
+def is_closed(policy: Policy) -> bool:
+    """Tell whether the daemon has closed the connection, without waiting."""
+    readable, _, _ = select.select([policy._socket], [], [], 0)
+    if not readable:
+        return False
+    try:
+        return policy._socket.recv(1, socket.MSG_PEEK) == b""
+    except ConnectionError:
+        return True
+
+
+def told(daemon: Daemon, text: str) -> list[str]:
+    """The log's lines with the text, once there are any."""
+
+    def lines() -> list[str]:
+        return [line for line in daemon.log().splitlines() if text in line]
+
+    return wait_for(lines, 5, f"the log tells: {text}")
+
+
+def counted(daemon: Daemon) -> int:
+    """How many sends are in the ledger."""
+    with closing(sqlite3.connect(daemon.directory / "saslquota.db")) as connection:
+        return int(connection.execute("SELECT COUNT(*) FROM sends").fetchone()[0])
+
+
+@contextmanager
+def locked(daemon: Daemon) -> Iterator[None]:
+    """Keep the daemon from writing: what is asked meanwhile is under way until the end."""
+    path = daemon.directory / "saslquota.db"
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        yield
+
+
+def run_once(directory: Path) -> subprocess.CompletedProcess[str]:
+    """Start a daemon that cannot start."""
+    return subprocess.run(
+        [sys.executable, ROOT / "saslquota.py", "-c", directory / "saslquota.json"],
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=10,
+    )
+
+
+# --- A connection ---------------------------------------------------------------------------------
+
+
+def test_a_connection_stays_open(daemon: Start) -> None:
+    running = daemon()
+    with running.policy() as policy:
+        assert [policy.ask() for _ in range(20)] == ["OK"] * 20
+        assert not is_closed(policy)
+
+
+def test_nothing_follows_a_reply(daemon: Start) -> None:
+    """Postfix takes stray bytes for a broken connection."""
+    with daemon().policy() as policy:
+        policy.ask()
+        policy.send(b"\n")
+        assert policy.at_end()
+
+
+def test_testfile_is_answered_and_ended(daemon: Start) -> None:
+    with daemon().policy() as policy:
+        policy.send((ROOT / "Testfile").read_bytes())
+        assert policy.reply() == "OK"
+        assert policy.at_end()
+
+
+def test_many_in_one_send(daemon: Start) -> None:
+    running = daemon(rules={"default": {"period": 3600, "msgquota": 150, "msg": "over quota"}})
+    with running.policy() as policy:
+        policy.send(Policy.block() * 200)
+        assert [policy.reply() for _ in range(200)] == ["OK"] * 150 + ["REJECT over quota"] * 50
+        assert policy.ask(sasl_username="bob") == "OK"
+
+
+def test_in_small_pieces(daemon: Start) -> None:
+    with daemon().policy() as policy:
+        for byte in Policy.block():
+            policy.send(bytes([byte]))
+        assert policy.reply() == "OK"
+
+
+def test_a_client_that_sends_and_hangs_up_one_way(daemon: Start) -> None:
+    """As `netcat -N` does with a file that lacks the closing empty request."""
+    with daemon().policy() as policy:
+        policy.send(Policy.block())
+        policy._socket.shutdown(socket.SHUT_WR)
+        assert policy.reply() == "OK"
+        assert policy.at_end()
+
+
+def test_a_client_that_hangs_up_before_the_reply(daemon: Start) -> None:
+    running = daemon()
+    for _ in range(20):
+        with running.policy() as policy:
+            policy.send(Policy.block() * 3)
+    with running.policy() as policy:
+        assert policy.ask(sasl_username="bob") == "OK"
+    assert "Traceback" not in running.log()
+
+
+def test_each_connection_is_served_at_once(daemon: Start) -> None:
+    """Postfix keeps one for each smtpd process; none may wait for another."""
+    running = daemon()
+    with ExitStack() as stack:
+        policies = [stack.enter_context(running.policy()) for _ in range(300)]
+        for policy in policies:
+            policy.send(Policy.block())
+        assert [policy.reply() for policy in policies] == ["OK"] * 300
+        assert policies[0].ask() == "OK"
+
+
+MALFORMED = [
+    pytest.param(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n\n", id="http"),
+    pytest.param(b"\x16\x03\x01\x02\x00\x01\x00\n\n", id="tls"),
+    pytest.param(Policy.block().replace(b"request=smtpd_access_policy\n", b""), id="no-request"),
+    pytest.param(Policy.block(request="junk"), id="other-request"),
+    pytest.param(Policy.block(recipient_count="-1"), id="recipient-count"),
+    pytest.param(Policy.block(recipient_count="1000001"), id="too-many-recipients"),
+    pytest.param(Policy.block()[:-1] + b"no equals sign\n\n", id="no-equals-sign"),
+    pytest.param(Policy.block(sender="x" * 65536), id="oversize"),
+    pytest.param(b"x" * 70000, id="oversize-without-a-newline"),
+    pytest.param(Policy.block()[:-1] + b"a=\n" * 256 + b"\n", id="too-many-attributes"),
+]
+
+
+@pytest.mark.parametrize("data", MALFORMED)
+def test_malformed_input(daemon: Start, data: bytes) -> None:
+    running = daemon(rules=ONE_EACH)
+    with running.policy() as other, running.policy() as policy:
+        assert other.ask(sasl_username="bob") == "OK"
+        policy.send(data)
+        with suppress(ConnectionResetError):  # it closed with some of our bytes unread
+            assert policy.at_end()
+        assert other.ask(sasl_username="bob") == "REJECT over quota"
+        assert other.ask() == "OK"  # alice's first
+    wait_for(lambda: running.log().count("thread stopped") == 2, 5, "both have ended")
+    (warning,) = told(running, "malformed")
+    assert re.search(r"postfix/saslquota\[\d+\]:\[2\] malformed input", warning)
+    assert counted(running) == 2
+
+
+def test_half_a_request(daemon: Start) -> None:
+    running = daemon(rules=ONE_EACH)
+    with running.policy() as policy:
+        policy.send(Policy.block()[:-1])
+        policy._socket.shutdown(socket.SHUT_WR)
+        assert policy.at_end()
+    with running.policy() as policy:
+        assert policy.ask() == "OK"
+    assert len(told(running, "malformed")) == 1
+
+
+def test_what_came_before_malformed_input_is_answered(daemon: Start) -> None:
+    with daemon().policy() as policy:
+        policy.send(Policy.block() * 2 + b"junk\n\n" + Policy.block())
+        assert [policy.reply() for _ in range(2)] == ["OK"] * 2
+        assert policy.at_end()
+
+
+# --- Where it listens -----------------------------------------------------------------------------
+
+
+def has_ipv6() -> bool:
+    with suppress(OSError), socket.socket(socket.AF_INET6) as probe:
+        probe.bind(("::1", 0))
+        return True
+    return False
+
+
+@pytest.mark.parametrize("host", [LOOPBACK, "localhost", *(["::1"] if has_ipv6() else [])])
+def test_tcp(daemon: Start, host: str) -> None:
+    running = daemon({"_bind": host})
+    shown = re.search(r"listening on (\S+),", running.log())
+    assert shown
+    address = shown[1].rpartition(":")[0].strip("[]")
+    with connected((address, running.port)) as policy:
+        assert policy.ask() == "OK"
+        assert policy.ask() == "OK"
+
+
+def test_a_unix_socket(daemon: Start, new_directory: Callable[[], Path]) -> None:
+    path = new_directory() / "policy"
+    running = daemon({"_bind": f"unix:{path}", "_allow": "192.0.2.1"})  # _allow is for TCP
+    assert f"listening on unix:{path}," in running.log()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o660
+    with connected(str(path)) as policy:
+        assert policy.ask() == "OK"
+        assert policy.ask() == "OK"
+    assert running.terminate() == 0
+    assert not path.exists()
+
+
+def test_a_unix_socket_beside_the_configuration(daemon: Start) -> None:
+    running = daemon({"_bind": "unix:policy"})
+    with connected(str(running.directory / "policy")) as policy:
+        assert policy.ask() == "OK"
+
+
+def test_a_relative_unix_socket_is_beside_the_configuration(
+    new_directory: Callable[[], Path],
+) -> None:
+    """Not in the directory where the daemon was started, which is / under an init system."""
+    running = Daemon(new_directory(), {"_bind": "unix:policy"})
+    elsewhere = running.directory = new_directory()
+    with running:
+        assert (running.config_file.parent / "policy").is_socket()
+        assert not (elsewhere / "policy").exists()
+
+
+def test_the_socket_of_a_dead_daemon_is_replaced(
+    daemon: Start, new_directory: Callable[[], Path]
+) -> None:
+    path = new_directory() / "policy"
+    running = daemon({"_bind": f"unix:{path}"})
+    running.kill9()
+    assert path.is_socket()
+    running.start()
+    with connected(str(path)) as policy:
+        assert policy.ask() == "OK"
+
+
+def test_the_socket_of_a_live_daemon_is_not(
+    daemon: Start, new_directory: Callable[[], Path]
+) -> None:
+    path = new_directory() / "policy"
+    daemon({"_bind": f"unix:{path}"})
+    second = Daemon(new_directory(), {"_bind": f"unix:{path}"})
+    assert_no_start(second, f"cannot listen on unix:{path}: Address already in use")
+    with connected(str(path)) as policy:
+        assert policy.ask() == "OK"
+
+
+def test_a_file_in_the_place_of_the_socket_is_kept(new_directory: Callable[[], Path]) -> None:
+    path = new_directory() / "precious"
+    path.write_text("not a socket", "utf-8")
+    second = Daemon(new_directory(), {"_bind": f"unix:{path}"})
+    assert_no_start(second, f"cannot listen on unix:{path}: ")
+    assert path.read_text("utf-8") == "not a socket"
+
+
+def assert_no_start(daemon: Daemon, reason: str) -> None:
+    done = run_once(daemon.directory)
+    (line,) = done.stdout.splitlines() + done.stderr.splitlines()
+    assert line.startswith(f"saslquota: {daemon.config_file}: {reason}")
+    assert "_bind" in line
+    assert done.returncode == 1
+
+
+def test_a_port_in_use(daemon: Start, new_directory: Callable[[], Path]) -> None:
+    running = daemon()
+    second = Daemon(new_directory(), {"_bindport": running.port})
+    assert_no_start(second, f"cannot listen on 127.0.0.1:{running.port}: Address already in use")
+    with running.policy() as policy:
+        assert policy.ask() == "OK"
+
+
+@pytest.mark.parametrize(
+    "bind", ["192.0.2.1", "not an address", "", "unix:", "unix:/no/such/directory/policy"]
+)
+def test_an_address_that_is_not_ours(new_directory: Callable[[], Path], bind: str) -> None:
+    assert_no_start(Daemon(new_directory(), {"_bind": bind}), "cannot listen on ")
+
+
+def test_restarting_at_once(daemon: Start) -> None:
+    """The port of connections that the daemon closed itself is free again at once."""
+    running = daemon()
+    with running.policy() as policy:
+        policy.send(b"junk\n\n")
+        assert policy.at_end()
+        assert running.terminate() == 0
+    running.start()
+    with running.policy() as policy:
+        assert policy.ask() == "OK"
+
+
+# --- _bindtimeout ---------------------------------------------------------------------------------
+
+
+def wait_until_closed(policy: Policy) -> float:
+    """How many seconds the daemon took to close the connection."""
+    start = time.monotonic()
+    wait_for(lambda: is_closed(policy), 10, "the daemon closes the connection")
+    return time.monotonic() - start
+
+
+@pytest.mark.parametrize("begun", [b"", b"r", Policy.block()[:-1]])
+def test_the_first_request_has_a_deadline(daemon: Start, begun: bytes) -> None:
+    running = daemon({"_bindtimeout": 1})
+    with running.policy() as policy:
+        policy.send(begun)
+        assert 0.9 < wait_until_closed(policy) < 4
+        assert policy.at_end()
+    told(running, "_bindtimeout")
+    assert "malformed" not in running.log()
+
+
+def test_a_request_that_has_begun_has_a_deadline(daemon: Start) -> None:
+    with daemon({"_bindtimeout": 1}).policy() as policy:
+        assert policy.ask() == "OK"
+        policy.send(Policy.block() + Policy.block()[:100])
+        assert policy.reply() == "OK"
+        assert 0.9 < wait_until_closed(policy) < 4
+
+
+def test_the_deadline_is_one_for_the_whole_request(daemon: Start) -> None:
+    """A byte now and then does not put it off."""
+    start = time.monotonic()
+    with daemon({"_bindtimeout": 1}).policy() as policy, suppress(ConnectionError):
+        while not is_closed(policy):
+            assert time.monotonic() - start < 10
+            policy.send(b"x")
+            select.select([policy._socket], [], [], 0.1)
+
+
+def test_between_requests_there_is_no_deadline(daemon: Start) -> None:
+    running = daemon({"_bindtimeout": 1})
+    with running.policy() as idle:
+        assert idle.ask() == "OK"
+        for _ in range(3):  # each takes the daemon a second to close
+            with running.policy() as clock:
+                wait_until_closed(clock)
+        assert not is_closed(idle)
+        assert idle.ask() == "OK"
+
+
+def test_a_reply_that_is_not_taken_has_a_deadline(daemon: Start) -> None:
+    """Not taken: the buffers on the way are full."""
+    running = daemon({"_bindtimeout": 1, "_loglevel": "INFO"})
+    with running.policy() as policy, suppress(ConnectionError):
+        while not is_closed(policy):  # replies that wait are no end
+            policy.send(SMALL * 10_000)
+    told(running, "_bindtimeout")
+    with running.policy() as policy:
+        assert policy.ask() == "OK"
+
+
+# --- Limits ---------------------------------------------------------------------------------------
+
+
+def test_the_connection_idle_longest_makes_room(daemon: Start) -> None:
+    running = daemon({"_maxconnections": 3})
+    with ExitStack() as stack:
+        first, second, third = (stack.enter_context(running.policy()) for _ in range(3))
+        for policy in (first, second, third, first):
+            assert policy.ask() == "OK"
+        fourth = stack.enter_context(running.policy())
+        assert fourth.ask() == "OK"
+        assert second.at_end()
+        assert [policy.ask() for policy in (first, third, fourth)] == ["OK"] * 3
+    (warning,) = told(running, "_maxconnections")
+    assert ":[2] " in warning
+
+
+def test_a_request_under_way_does_not_make_room(daemon: Start) -> None:
+    running = daemon({"_maxconnections": 2})
+    with running.policy() as busy, running.policy() as idle:
+        assert [busy.ask(), idle.ask()] == ["OK"] * 2
+        with locked(running):
+            busy.send(Policy.block())
+            with running.policy() as other:
+                assert idle.at_end()
+                other.send(SMALL)
+                assert other.reply() == "DUNNO"
+        assert busy.reply() == "OK"
+
+
+def test_a_burst_of_connections(daemon: Start) -> None:
+    running = daemon({"_maxconnections": 5, "_loglevel": "INFO"})
+    with ExitStack() as stack:
+        policies = [stack.enter_context(running.policy()) for _ in range(60)]
+        assert stack.enter_context(running.policy()).ask() == "OK"
+        wait_for(lambda: sum(not is_closed(p) for p in policies) <= 4, 5, "four others are left")
+
+
+def test_allow(daemon: Start) -> None:
+    running = daemon({"_allow": "192.0.2.0/24, ::1"})
+    with running.policy() as policy:
+        with suppress(ConnectionError):
+            policy.send(Policy.block())
+        with suppress(ConnectionError):
+            assert policy.at_end()
+    (warning,) = told(running, "refused")
+    assert "connection from 127.0.0.1 refused, see _allow" in warning
+    assert counted(running) == 0
+
+
+@pytest.mark.parametrize("bind", [LOOPBACK, *(["::"] if has_ipv6() else [])])
+def test_allow_lets_in(daemon: Start, bind: str) -> None:
+    """At `::` Linux shows an IPv4 client as ::ffff:127.0.0.1."""
+    running = daemon({"_bind": bind, "_allow": ["192.0.2.0/24", "127.0.0.0/8"]})
+    with running.policy() as policy:
+        assert policy.ask() == "OK"
+
+
+def test_it_recovers_when_descriptors_run_out(daemon: Start) -> None:
+    running = daemon({"_loglevel": "INFO"})
+    with ExitStack() as stack:
+        first = stack.enter_context(running.policy())
+        assert first.ask() == "OK"
+        used = len(list(Path(f"/proc/{running.pid}/fd").iterdir()))
+        resource.prlimit(running.pid, resource.RLIMIT_NOFILE, (used + 5, used + 5))
+        for _ in range(30):
+            assert stack.enter_context(running.policy()).ask(sasl_username="bob") == "OK"
+        assert is_closed(first)
+    wait_for(lambda: len(os.listdir(f"/proc/{running.pid}/fd")) < used, 5, "all are closed")
+    with running.policy() as policy:
+        assert policy.ask() == "OK"
+    assert "Traceback" not in running.log()
+
+
+def test_the_descriptor_limit_is_raised_and_told(new_directory: Callable[[], Path]) -> None:
+    running = Daemon(new_directory(), {"_maxconnections": 100_000})
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+    try:
+        with running:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            assert resource.prlimit(running.pid, resource.RLIMIT_NOFILE) == (hard, hard)
+            capacity = re.search(r"(\d+) connections at most", running.log())
+            assert capacity
+            assert 0 < hard - int(capacity[1]) < 100
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+# --- Signals --------------------------------------------------------------------------------------
+
+TERM = pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+
+
+@TERM
+def test_a_request_under_way_is_answered(daemon: Start, signum: int) -> None:
+    running = daemon()
+    with running.policy() as idle, running.policy() as policy:
+        assert [idle.ask(), policy.ask()] == ["OK"] * 2
+        with locked(running):
+            policy.send(Policy.block())
+            os.kill(running.pid, signum)
+            wait_for(lambda: not is_listening(running.port), 5, "it listens no more")
+            assert running.running
+        start = time.monotonic()
+        assert policy.reply() == "OK"
+        assert policy.at_end()
+        assert idle.at_end()
+        assert running.stop(signum) == 0
+        assert time.monotonic() - start < 5
+    assert counted(running) == 3
+
+
+@TERM
+def test_a_request_that_cannot_be_counted_is_answered(daemon: Start, signum: int) -> None:
+    """Also when the store is stuck for longer than the daemon may take."""
+    running = daemon()
+    with running.policy() as policy:
+        assert policy.ask() == "OK"
+        with locked(running):
+            policy.send(Policy.block())
+            start = time.monotonic()
+            assert running.stop(signum) == 0
+            assert time.monotonic() - start < 5
+        assert policy.reply() == "DEFER_IF_PERMIT quota service unavailable, try again later"
+
+
+@TERM
+def test_idle_connections_hold_up_no_end(daemon: Start, signum: int) -> None:
+    running = daemon()
+    with ExitStack() as stack:
+        policies = [stack.enter_context(running.policy()) for _ in range(50)]
+        assert [policy.ask() for policy in policies] == ["OK"] * 50
+        policies[0].send(b"request=")
+        start = time.monotonic()
+        assert running.stop(signum) == 0
+        assert time.monotonic() - start < 3
+        assert all(policy.at_end() for policy in policies)
+    assert "Traceback" not in running.log()
+
+
+def test_requests_in_a_row_are_all_counted_or_not_answered(daemon: Start) -> None:
+    """What was answered before the end is in the ledger."""
+    running = daemon(rules={"default": {"period": 3600, "msgquota": 10**6, "msg": "no"}})
+    answered = 0
+    with running.policy() as policy, suppress(OSError, AssertionError):
+        while True:
+            assert policy.ask() == "OK"
+            answered += 1
+            if answered == 100:
+                os.kill(running.pid, signal.SIGTERM)
+    assert running.stop() == 0
+    assert answered >= 100
+    assert counted(running) - answered in (0, 1)
+
+
+def quota(amount: int) -> dict[str, object]:
+    return {"default": {"period": 3600, "msgquota": amount, "msg": f"{amount} are enough"}}
+
+
+def test_changed_rules_are_picked_up(daemon: Start) -> None:
+    running = daemon(rules=quota(1))
+    with running.policy() as policy:
+        assert [policy.ask(), policy.ask()] == ["OK", "REJECT 1 are enough"]
+        running.write_rules(quota(2))
+        told(running, "rules read again: default 2 in 3600 s")
+        assert [policy.ask(), policy.ask()] == ["OK", "REJECT 2 are enough"]
+
+
+def test_hangup_reads_the_rules_at_once(daemon: Start) -> None:
+    running = daemon(rules=quota(1))
+    with running.policy() as policy:
+        assert policy.ask() == "OK"
+        os.kill(running.pid, signal.SIGHUP)
+        told(running, "rules read again: default 1 in 3600 s")
+        assert policy.ask() == "REJECT 1 are enough"
+    assert running.running
+
+
+def test_a_broken_rules_file_changes_nothing(daemon: Start) -> None:
+    running = daemon(rules=quota(1))
+    path = running.directory / "quotarules.json"
+    with running.policy() as policy:
+        path.write_text('{\n  "default": {"period": 60,\n}', "utf-8")
+        os.kill(running.pid, signal.SIGHUP)
+        told(running, f"{path}, line 3, column 1: not JSON")
+        assert [policy.ask(), policy.ask()] == ["OK", "REJECT 1 are enough"]
+        running.write_rules(quota(3))
+        told(running, "rules read again: default 3 in 3600 s")
+        assert policy.ask() == "OK"

@@ -1,0 +1,409 @@
+"""The contract of a Store, over every real one, with one ledger and with several at once."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from servers import Database, MariaDB, wait_for
+
+import saslquota
+from saslquota import (
+    NOWHERE,
+    Charge,
+    Config,
+    Conflict,
+    Ledger,
+    MySQLStore,
+    Row,
+    SQLiteStore,
+    Store,
+    Unavailable,
+    Window,
+)
+
+DAY = 86_400
+SECOND = 1_000_000
+OpenStore = Callable[[], Store]
+
+
+@pytest.fixture(params=["sqlite", "mariadb", "mariadb-pure"])
+def new_store(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[OpenStore]:
+    """Make stores on one and the same ledger; each is another daemon's."""
+    make: OpenStore
+    if request.param == "sqlite":
+
+        def make() -> Store:
+            return SQLiteStore(tmp_path / "ledger.db", 5)
+    else:
+        connector = saslquota.load_connector()
+        if not connector.HAVE_CEXT:
+            pytest.fail("the C extension must be loaded before pytest, as tests/run does")
+        if request.param == "mariadb-pure":
+            monkeypatch.setattr(connector, "HAVE_CEXT", False)
+        config = mysql_config(request.getfixturevalue("database"))
+
+        def make() -> Store:
+            return MySQLStore(config)
+
+    with ExitStack() as stack:
+
+        def opened() -> Store:
+            store = make()
+            stack.callback(store.close)
+            store.open()
+            return store
+
+        yield opened
+
+
+def mysql_config(database: Database, **changes: object) -> Config:
+    """The settings for a test's database, as load_config would give them."""
+    found = {name.removeprefix("_"): value for name, value in database.config().items()}
+    found |= {"myhost": ("127.0.0.1",), **changes}
+    found.pop("store", None)
+    return Config(path=Path("saslquota.json"), **found)  # type: ignore[arg-type]
+
+
+def row(account: str, seq: int, at: int, **changes: object) -> Row:
+    return Row(account, seq, 1, at, 1, seq, "1f.2", 77)._replace(**changes)  # type: ignore[arg-type]
+
+
+# --- Each method ----------------------------------------------------------------------------------
+
+
+def test_now_is_the_time(new_store: OpenStore) -> None:
+    store = new_store()
+    before = time.time_ns() // 1000
+    assert before - SECOND < store.now() < before + 5 * SECOND
+
+
+def test_what_is_appended_is_read_back(new_store: OpenStore) -> None:
+    store, other = new_store(), new_store()
+    now = store.now()
+    rows = [row("a", 1, now), row("a", 2, now + 1), row("b@x", 1, now + 2, epoch=3, total=9)]
+    store.append(rows)
+    heads = sorted(other.heads(["a", "b@x", "c"], lock=False))
+    assert [tuple(head) for head in heads] == [("a", 2, 1, now + 1, 2), ("b@x", 1, 3, now + 2, 9)]
+    assert other.tokens(rows) == {77}
+    assert other.tokens([row("c", 1, now)]) == set()
+
+
+@pytest.mark.parametrize(
+    "account",
+    ["joão@exemplo.br", "😀@x", "o'neil\\@x", 'a"b', "a%sb?", "a\x00b", "é", "x" * 320, "\\udcff"],
+)
+def test_accounts_are_kept_to_the_letter(new_store: OpenStore, account: str) -> None:
+    store = new_store()
+    now = store.now()
+    store.append([row(account, 1, now, instance=account[:64])])
+    assert [head[0] for head in store.heads([account], lock=False)] == [account]
+    assert store.heads([account.upper()], lock=False) == [] or account.upper() == account
+
+
+def test_accents_are_other_accounts(new_store: OpenStore) -> None:
+    store = new_store()
+    store.append([row("jose", 1, store.now())])
+    assert store.heads(["josé"], lock=False) == []
+
+
+def test_oldest_gives_time_and_total_before_of_the_epoch(new_store: OpenStore) -> None:
+    store = new_store()
+    now = store.now()
+    store.append([row("a", seq, now + seq, recipients=2, total=2 * seq) for seq in range(1, 41)])
+    store.append([row("a", 41, now + 41, epoch=2, recipients=0, total=0)])
+    store.append([row("b", 1, now)])
+    spans = [("a", 1, now + 5), ("a", 2, now), ("a", 1, now + 41), ("b", 1, now), ("c", 1, now)]
+    first, second, late, b, c = store.oldest(spans)
+    assert first == [(now + seq, 2 * seq - 2) for seq in range(5, 5 + saslquota.SPAN_ROWS)]
+    assert (second, late, b, c) == ([(now + 41, 0)], [], [(now, 0)], [])
+
+
+def test_a_taken_seq_is_a_conflict_and_writes_nothing(new_store: OpenStore) -> None:
+    store, other = new_store(), new_store()
+    now = store.now()
+    store.append([row("b", 1, now)])
+    other.tokens([row("b", 1, now)])
+    with pytest.raises(Conflict):
+        other.append([row("a", 1, now, token=5), row("b", 1, now, token=5)])
+    assert store.heads(["a"], lock=False) == []
+    assert store.tokens([row("b", 1, now)]) == {77}
+
+
+def test_a_lock_keeps_others_out_until_the_append(new_store: OpenStore) -> None:
+    store, other = new_store(), new_store()
+    now = store.now()
+    store.append([row("a", 1, now)])
+    assert store.heads(["a"], lock=True)
+    with ThreadPoolExecutor(1) as pool:
+        other.close()  # SQLite's belong to their threads
+
+        def compete() -> None:
+            other.open()
+            try:
+                other.append([row("a", 2, now, token=5)])
+            finally:
+                other.close()
+
+        race = pool.submit(compete)
+        store.append([row("a", 2, now)])
+        with pytest.raises((Conflict, Unavailable)):
+            race.result(20)
+    assert store.tokens([row("a", 2, now)]) == {77}
+
+
+def test_a_rollback_lets_go(new_store: OpenStore) -> None:
+    store, other = new_store(), new_store()
+    now = store.now()
+    store.append([row("a", 1, now)])
+    store.heads(["a"], lock=True)
+    store.rollback()
+    other.append([row("a", 2, now)])
+    store.heads(["a"], lock=True)
+    store.append([])
+    other.append([row("a", 3, now)])
+
+
+def test_a_purge_takes_old_rows_but_never_the_newest(
+    new_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saslquota, "PURGE_ROWS", 4)
+    store = new_store()
+    now = store.now()
+    old = now - 40 * DAY * SECOND
+    for account in ("a", "b", "c"):
+        rows = [row(account, seq, old) for seq in range(1, 6)]
+        store.append([*rows, row(account, 6, old + 1)])
+    store.append([row("a", 7, now)])
+    place, rounds = store.purge(now - 30 * DAY * SECOND, NOWHERE), 1
+    while place != NOWHERE:
+        place, rounds = store.purge(now - 30 * DAY * SECOND, place), rounds + 1
+    assert rounds == 5
+    left = [row(account, seq, 0) for account in "abc" for seq in range(1, 8)]
+    found = [r for r in left if store.tokens([r])]
+    assert [(r.account, r.seq) for r in found] == [("a", 7), ("b", 6), ("c", 6)]
+
+
+def test_a_closed_store_is_unavailable_until_it_is_opened(new_store: OpenStore) -> None:
+    store = new_store()
+    store.close()
+    with pytest.raises(Unavailable):
+        store.heads(["a"], lock=False)
+    store.open()
+    assert store.heads(["a"], lock=False) == []
+
+
+# --- Ledgers at once ------------------------------------------------------------------------------
+
+
+def race(ledgers: Sequence[Callable[[], Ledger]], requests: int, quota: int) -> int:
+    """Let each ledger, in a thread of its own, charge its share of one account; count accepted."""
+    windows = (Window(3600, quota),)
+    share = requests // len(ledgers)
+
+    def work(make: Callable[[], Ledger]) -> int:
+        ledger, accepted = make(), 0
+        for first in range(0, share, 25):
+            batch = [Charge("a", 1, f"{first}", windows)] * min(25, share - first)
+            verdicts = ledger.charge(batch, time.monotonic() + 60)
+            accepted += sum(verdict.accepted for verdict in verdicts)
+        ledger.close()
+        return accepted
+
+    with ThreadPoolExecutor(len(ledgers)) as pool:
+        return sum(pool.map(work, ledgers))
+
+
+@pytest.mark.parametrize("daemons", [2, 3])
+def test_ledgers_at_once_accept_exactly_the_quota(new_store: OpenStore, daemons: int) -> None:
+    def make() -> Ledger:
+        return Ledger(new_store(), 30 * DAY)
+
+    assert race([make] * daemons, 5000, 1000) == 1000
+    (head,) = new_store().heads(["a"], lock=False)
+    assert (head[1], head[4]) == (1000, 1000)
+
+
+def test_threads_of_one_daemon_accept_exactly_the_quota(new_store: OpenStore) -> None:
+    """The committer's batches: 5000 requests of 40 threads."""
+    store = new_store()
+    store.close()  # the committer's thread opens it
+    committer = saslquota.Committer(Ledger(store, 30 * DAY), 30)
+    committer.start()
+    charge = Charge("a", 1, "", (Window(3600, 1000),))
+    with ThreadPoolExecutor(40) as pool:
+        verdicts = list(pool.map(committer.submit, [charge] * 5000))
+    committer.stop(10)
+    assert not committer.is_alive()
+    assert None not in verdicts
+    assert sum(verdict.accepted for verdict in verdicts if verdict) == 1000
+
+
+# --- MariaDB in trouble ---------------------------------------------------------------------------
+
+
+class Counted:
+    """Charges one account from a thread, and remembers what was accepted."""
+
+    def __init__(self, config: Config, quota: int) -> None:
+        self.store = MySQLStore(config)
+        self.ledger = Ledger(self.store, 30 * DAY)
+        self.windows = (Window(3600, quota),)
+        self.accepted: list[str] = []
+        self.outages = 0
+        self.stopping = threading.Event()
+        self.thread = threading.Thread(target=self.run)
+
+    def run(self) -> None:
+        count = 0
+        while not self.stopping.is_set():
+            count += 1
+            batch = [Charge("a", 1, f"{count}.{n}", self.windows) for n in range(3)]
+            try:
+                verdicts = self.ledger.charge(batch, time.monotonic() + 30)
+            except Unavailable:
+                self.outages += 1
+            else:
+                pairs = zip(batch, verdicts, strict=True)
+                self.accepted += [charge.instance for charge, v in pairs if v.accepted]
+        self.ledger.close()
+
+    def __enter__(self) -> "Counted":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stopping.set()
+        self.thread.join(60)
+        assert not self.thread.is_alive()
+
+    def rows_of_accepted(self, database: Database) -> list[int]:
+        """How many rows each accepted charge has."""
+        found = database.sql("SELECT instance FROM sends WHERE account = 'a'").split()
+        return [found.count(instance) for instance in self.accepted]
+
+
+def test_connections_killed_in_mid_insert_leave_one_row_each(database: Database) -> None:
+    with Counted(mysql_config(database), 100_000) as counted:
+        for _ in range(25):
+            accepted = len(counted.accepted)
+            wait_for(lambda n=accepted: len(counted.accepted) > n + 20, 20, "accepted charges")  # type: ignore[misc]
+            ids = database.server.sql(
+                "SELECT id FROM information_schema.processlist"
+                f" WHERE db = '{database.name}' AND user != 'root'"
+            ).split()
+            database.server.sql("".join(f"KILL {number};" for number in ids))
+    assert counted.outages == 0
+    assert set(counted.rows_of_accepted(database)) == {1}
+
+
+def test_a_server_frozen_in_mid_insert_leaves_one_row_each(
+    database: Database, mariadb: MariaDB
+) -> None:
+    with Counted(mysql_config(database, dbtimeout=2), 100_000) as counted:
+        for _ in range(3):
+            accepted, outages = len(counted.accepted), counted.outages
+            wait_for(lambda n=accepted: len(counted.accepted) > n + 20, 20, "accepted charges")  # type: ignore[misc]
+            mariadb.freeze()
+            wait_for(lambda n=outages: counted.outages > n, 20, "the time-out")  # type: ignore[misc]
+            mariadb.thaw()
+    assert set(counted.rows_of_accepted(database)) == {1}
+    total = database.sql("SELECT COUNT(*) - MAX(seq) FROM sends WHERE account = 'a'")
+    assert total.strip() == "0"
+
+
+class FarStore(MySQLStore):
+    """A store two milliseconds farther away."""
+
+    def _run(self, sql: str, values: Sequence[int | str] = ()) -> list[object]:
+        time.sleep(0.002)
+        return super()._run(sql, values)
+
+
+def test_a_daemon_farther_away_does_not_starve(database: Database) -> None:
+    config = mysql_config(database)
+    store = FarStore(config)
+    ledger = Ledger(store, 30 * DAY)
+    ledger.open()
+    in_a_row, most = 0, 0
+    append = store.append
+
+    def count(rows: Sequence[Row]) -> None:
+        nonlocal in_a_row, most
+        in_a_row += 1
+        most = max(most, in_a_row)
+        append(rows)
+        in_a_row = 0
+
+    store.append = count  # type: ignore[method-assign]
+    with Counted(config, 1_000_000) as near:
+        wait_for(lambda: len(near.accepted) > 20, 20, "the near daemon")
+        for n in range(40):
+            charge = Charge("a", 1, f"far{n}", (Window(3600, 1_000_000),))
+            assert ledger.charge([charge], time.monotonic() + 30)[0].accepted
+    ledger.close()
+    assert most <= 15, "collisions in a row"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mypasswd": "wrong"}, "Access denied.*check _myuser and _mypasswd in saslquota.json"),
+        ({"mydb": "nowhere"}, "nowhere.*(create database nowhere|grant all on nowhere)"),
+        ({"myport": 1}, "127.0.0.1: 2003.*is the server running"),
+        ({"myhost": ("unix:/nonexistent/s",)}, "unix:/nonexistent/s: 200[23].*is the server running"),
+    ],
+)
+def test_trouble_is_told_with_its_remedy(
+    database: Database, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(Unavailable, match=message):
+        MySQLStore(mysql_config(database, **changes)).open()
+
+
+def test_a_missing_table_is_told_with_the_command(mariadb: MariaDB) -> None:
+    database = mariadb.create_database(with_table=False)
+    store = MySQLStore(mysql_config(database))
+    with pytest.raises(Unavailable, match=f"run mysql {database.name} < mysql.sql"):
+        store.check()
+
+
+def test_the_first_host_that_takes_sends_is_used(database: Database) -> None:
+    port = mysql_config(database).myport
+    hosts = ("127.0.0.1:1", f"localhost:{port}", "127.0.0.1:2")
+    store = MySQLStore(mysql_config(database, myhost=hosts))
+    for _ in range(2):
+        store.open()
+        store.append([row("a", 1 + len(store.heads(["a"], lock=False)), store.now())])
+        store.close()
+    assert store._hosts[0] == f"localhost:{port}"
+
+
+# --- SQLite in trouble ----------------------------------------------------------------------------
+
+
+def test_a_ledger_file_that_is_replaced_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    ledger = Ledger(SQLiteStore(path, 1), 30 * DAY)
+    charge = Charge("a", 1, "", (Window(60, 1),))
+    assert ledger.charge([charge], time.monotonic() + 5)[0].accepted
+    for suffix in ("", "-wal", "-shm"):
+        Path(f"{path}{suffix}").unlink(missing_ok=True)
+    ledger._clock.distrust()
+    assert ledger.charge([charge], time.monotonic() + 5)[0].accepted
+    ledger.close()
+    assert path.exists()
+
+
+@pytest.mark.parametrize("content", [b"no database at all" * 100, b"\0" * 5000])
+def test_a_file_that_is_no_database_is_told_and_kept(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "ledger.db"
+    path.write_bytes(content)
+    with pytest.raises(Unavailable, match=r"ledger\.db: file is not a database"):
+        SQLiteStore(path, 1).open()
+    assert path.read_bytes() == content

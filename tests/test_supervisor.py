@@ -1,0 +1,41 @@
+"""End to end: the shipped configuration under real supervisord."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+
+from servers import Policy, Supervisor, free_port, is_listening, wait_for
+
+STOPWAITSECS = 10  # as saslquota_supervisor.conf has it
+
+
+def test_start_crash_and_stop(supervisor: Callable[..., Supervisor]) -> None:
+    port = free_port()
+    started = supervisor({"_bindport": port, "_loghandler": "stdout"})
+    first = wait_for(started.program_pid, 20, "RUNNING")
+    with Policy(port) as policy:
+        assert policy.ask() == "OK"
+
+    wait_for(lambda: "action=ACCEPT" in started.program_log(), 5, "the log line")
+    os.kill(first, signal.SIGKILL)
+    second = wait_for(started.program_pid, 20, "RUNNING again")
+    assert second != first
+    with Policy(port) as policy:
+        assert policy.ask() == "OK"
+
+        begin = time.monotonic()
+        assert "saslquota: stopped" in started.ctl("stop", "saslquota")
+        assert time.monotonic() - begin < STOPWAITSECS
+    assert not is_listening(port)
+    assert "exited: saslquota (terminated by SIGKILL; not expected)" in started.log()
+    assert "stopped: saslquota (exit status 0)" in started.log()
+
+    log = started.program_log()
+    assert f"listening on 127.0.0.1:{port}" in log
+    assert log.count("action=ACCEPT") == 2
+
+
+def test_bad_configuration_says_so_in_its_log(supervisor: Callable[..., Supervisor]) -> None:
+    started = supervisor({"_bindport": "many"})
+    wait_for(lambda: "_bindport" in started.program_log(), 20, "the reason")
