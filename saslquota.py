@@ -66,10 +66,12 @@ import signal
 import socket
 import socketserver
 import sqlite3
+import stat
 import struct
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,8 +96,11 @@ REMINDER = 60.0  # seconds between two log lines about a trouble that lasts
 PURGE_ROWS = 200  # in one DELETE: a few milliseconds
 PURGE_PAUSE = 0.1  # seconds between two of them
 PURGE_INTERVAL = 3600.0  # seconds between two purges
+MAX_LINE = 4000  # characters of a log line; rsyslog takes 8 KiB
 LOG_BACKLOG = 10_000  # lines waiting for a log that does not take them; the next ones are dropped
-SHUTDOWN = 4.0  # seconds for the requests under way when the daemon is told to stop
+SHUTDOWN = 3.0  # seconds for the requests under way when the daemon is told to stop
+
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # no part of a line of text
 
 log = logging.getLogger("saslquota")
 
@@ -120,7 +125,7 @@ class StoreError(SaslQuotaError):
 
 
 class Conflict(StoreError):
-    """Another daemon was faster, or holds a lock: nothing was written, and the next try may work."""
+    """Another daemon was faster or holds a lock: nothing was written, the next try may work."""
 
 
 class Unavailable(StoreError):
@@ -155,7 +160,7 @@ def whole(low: int, high: int) -> Callable[[Any], int]:
     """A reader of whole numbers; digits in quotes will do, as the environment has nothing else."""
 
     def read(value: Any) -> int:
-        if isinstance(value, str) and value.isascii() and value.strip().isdigit():
+        if isinstance(value, str) and re.fullmatch(r"\s*[0-9]{1,10}\s*", value):
             value = int(value)
         if type(value) is not int or not low <= value <= high:
             raise ValueError(f"a whole number from {low} to {high}")
@@ -184,19 +189,18 @@ def items(value: Any) -> list[str]:
 
 def hosts(value: Any) -> tuple[str, ...]:
     names = tuple(items(value))
-    if not names:
+    if not names or not all(name.startswith("unix:/") or split_host(name, 1) for name in names):
         raise ValueError("a host, host:port or unix:/path, or a list of them")
-    for name in names:
-        split_host(name, 0)
     return names
 
 
-def split_host(name: str, port: int) -> tuple[str, int]:
-    """Host and port of `host`, `host:port`, `[IPv6]:port` or a bare IPv6 address."""
-    found = re.fullmatch(r"\[(.+)\](?::(\d+))?|([^:]+):(\d+)", name)
-    if not found or name.startswith("unix:"):
-        return name, port
-    return found[1] or found[3], int(found[2] or found[4] or port)
+def split_host(name: str, port: int) -> tuple[str, int] | None:
+    """Host and port of `host`, `host:port`, `[IPv6]:port` or a bare IPv6 address; else None."""
+    ipv6 = r"(?:\[([0-9a-fA-F:.]+)\]|([0-9a-fA-F]*:[0-9a-fA-F:.]*:[0-9a-fA-F:.]*))"
+    found = re.fullmatch(rf"(?:{ipv6}|([^\s:\[\]/]+))(?::([0-9]{{1,5}}))?", name)
+    if not found or not 0 < int(found[4] or port) < 65536:
+        return None
+    return found[1] or found[2] or found[3], int(found[4] or port)
 
 
 def networks(value: Any) -> tuple[Network, ...]:
@@ -250,25 +254,24 @@ class Config:
         return self.path.parent / name
 
 
+class JSONObject(dict[str, Any]):
+    """An object as JSON has it; knows the name of a key that stands in it twice."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        names = collections.Counter(name for name, _ in pairs)
+        self.repeated = [name for name, times in names.items() if times > 1]
+
+
 def load_json(path: Path) -> tuple[dict[str, Any], str]:
     """The object that a JSON file holds, and its text.
 
     Raises ConfigError for a file that cannot be read, is not UTF-8 or not JSON, holds something
-    other than an object, or the same key twice.
+    other than an object, or a key twice.
     """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        for name, times in collections.Counter(name for name, _ in pairs).items():
-            if times > 1:
-                raise ConfigError(
-                    f"{place(path, content, name)}: the key stands here {times} times"
-                )
-        return dict(pairs)
-
-    content = ""
     try:
         content = path.read_text(encoding="utf-8-sig")
-        found = json.loads(content, object_pairs_hook=unique)
+        found = json.loads(content, object_pairs_hook=JSONObject, parse_int=parse_int)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -278,9 +281,18 @@ def load_json(path: Path) -> tuple[dict[str, Any], str]:
         raise ConfigError(f"{where}: not JSON: {error.msg}") from None
     except RecursionError:
         raise ConfigError(f"{path}: nested too deep") from None
-    if not isinstance(found, dict):
+    if not isinstance(found, JSONObject):
         raise ConfigError(f'{path}: must hold one object, {{ "name": value, ... }}')
+    for keys, value in [((), found), *(((key,), value) for key, value in found.items())]:
+        if isinstance(value, JSONObject) and value.repeated:
+            where = place(path, content, *keys, value.repeated[0])
+            raise ConfigError(f"{where}: the key stands here more than once")
     return found, content
+
+
+def parse_int(digits: str) -> float:
+    """An integer; one beyond all bounds as a float, which no setting takes."""
+    return int(digits) if len(digits) < 20 else float(digits)
 
 
 def place(path: Path, content: str, *keys: str) -> str:
@@ -396,7 +408,7 @@ def read_rule(name: str, fields: Any, retention: int, where: Callable[..., str],
         if field not in values:
             raise ConfigError(f'{where(key)}: "{field}" is missing')
     msg = values["msg"].strip()
-    if printable(msg) != msg:
+    if CONTROL.search(msg):
         raise ConfigError(f"{where(key, 'msg')}: must be one line without control characters")
     if values["period"] > retention:
         days = f"_retentiondays keeps sends for {retention} seconds only"
@@ -514,7 +526,7 @@ class RequestStream:
             if self._buffer.startswith(b"\n"):
                 return None
             block, end, rest = self._buffer.partition(b"\n\n")
-            if len(block) > MAX_REQUEST:
+            if len(block) > MAX_REQUEST + (not end):
                 raise ProtocolError(f"a request of more than {MAX_REQUEST} bytes")
             if end:
                 self._buffer = rest
@@ -670,7 +682,6 @@ class Ledger:
         self._accounts.clear()
         self._clock.distrust()
         self._store.open()
-        log.info("counting in %s", self._store)
 
     def close(self) -> None:
         self._store.close()
@@ -854,15 +865,14 @@ class Store:
         return [row for values in many for row in self._run(sql, values)]
 
     def heads(self, accounts: Sequence[str], *, lock: bool) -> list[Any]:
-        """Account, seq, epoch, at and total of the newest row of each account that has one. With `lock` nobody else can append to these
-        accounts until append() or rollback()."""
+        """Account, seq, epoch, at and total of the newest row of each account that has one. With
+        `lock` nobody else can append to these accounts until append() or rollback()."""
         if lock:
             self._run(self.BEGIN)
             self._locked = True
         columns = f"account, seq, epoch, {self.AT}, total"
         newest = f"SELECT {columns} FROM sends WHERE account = ? ORDER BY seq DESC LIMIT 1"
-        found = self._each(newest + (self.LOCK if lock else ""), [(name,) for name in accounts])
-        return found
+        return self._each(newest + (self.LOCK if lock else ""), [(name,) for name in accounts])
 
     def oldest(self, spans: Sequence[tuple[str, int, int]]) -> list[list[tuple[int, int]]]:
         """For each (account, epoch, start): time, and total before it, of the oldest sends at or
@@ -1041,21 +1051,23 @@ class MySQLStore(Store):
         self._connection: Any = None
         self._error: type[Exception] = StoreError
         self._cluster = False
-        self.connector = ""  # which implementation runs
+        self._connector = ""  # which of its two implementations runs
 
     def __str__(self) -> str:
-        return f"MySQL {self._config.mydb} on {', '.join(self._config.myhost)}"
+        where = self._hosts[0] if self._connection else ", ".join(self._config.myhost)
+        return f"MySQL {self._config.mydb} on {where}"
 
     def open(self) -> None:
         """Connect to the first host that takes sends, beginning with the last that did."""
         self.close()
         connector = load_connector()
         self._error = connector.Error
-        self.connector = "C extension" if connector.HAVE_CEXT else "pure Python"
+        self._connector = "C extension" if connector.HAVE_CEXT else "pure Python"
         failures = []
         for _ in range(len(self._hosts)):
             try:
                 self._connect(connector, self._hosts[0])
+                log.info("connected: %s, connector: %s", self, self._connector)
                 return
             except (self._error, StoreError, OSError) as error:
                 self.close()
@@ -1068,8 +1080,7 @@ class MySQLStore(Store):
         patience = max(1, config.dbtimeout // 2)  # whole seconds; leaves time for a second try
         where: dict[str, Any] = {"unix_socket": name.removeprefix("unix:")}
         if not name.startswith("unix:"):
-            host, port = split_host(name, config.myport)
-            where = {"host": host, "port": port}
+            where = dict(zip(("host", "port"), split_host(name, config.myport) or (), strict=True))
         self._connection = connector.connect(
             **where,
             user=config.myuser,
@@ -1160,8 +1171,9 @@ class MySQLStore(Store):
         """What --check says of the store. Raises Unavailable."""
         self.open()
         (row,) = self._run("SELECT VERSION()")
+        found = f"{self}: {row[0]}, table sends found, connector: {self._connector}"
         self.close()
-        return f"{self}: {row[0]}, table sends found, connector: {self.connector}"
+        return found
 
 
 # --- Committer ------------------------------------------------------------------------------------
@@ -1185,6 +1197,7 @@ class Committer(threading.Thread):
         self._timeout = timeout  # seconds until a decision falls back
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._down = False  # known to be: nobody waits for it
+        self._batch: Sequence[Job] = ()  # what the ledger is at work on
         self._stopping = False
         self._due = 0.0  # monotonic seconds; when the next chore is
         self._complained: float | None = None  # when the log was told of a trouble that lasts
@@ -1206,6 +1219,16 @@ class Committer(threading.Thread):
         """Finish what has been submitted and end, within so many seconds."""
         self._jobs.put(None)
         self.join(timeout)
+
+    def give_up(self) -> None:
+        """Whoever still waits shall have the fallback now."""
+        self._down = True
+        for job in self._batch:
+            job.mailbox.put(None)
+        with contextlib.suppress(queue.Empty):
+            while (waiting := self._jobs.get_nowait()) is not None:
+                waiting.mailbox.put(None)
+            self._stopping = True  # that was stop()'s
 
     # The thread itself.
 
@@ -1233,14 +1256,14 @@ class Committer(threading.Thread):
 
     def _serve(self, jobs: Sequence[Job]) -> None:
         now = time.monotonic()
-        jobs = [job for job in jobs if job.deadline > now]  # the others have been given up
+        jobs = self._batch = [job for job in jobs if job.deadline > now]  # else given up already
         verdicts: Sequence[Verdict | None] = [None] * len(jobs)
         try:
             if jobs and not self._down:
                 deadline = max(job.deadline for job in jobs)
                 verdicts = self._ledger.charge([job.charge for job in jobs], deadline)
                 self._succeed()
-        except Exception as error:  # not even a bug may end the thread that everybody waits for
+        except Exception as error:  # noqa: BLE001 - no bug may end the thread all wait for
             self._fail(error)
         for job, verdict in zip(jobs, verdicts, strict=True):
             job.mailbox.put(verdict)
@@ -1256,7 +1279,7 @@ class Committer(threading.Thread):
                 pause = PURGE_INTERVAL
         except Conflict as error:
             log.debug("purge put off: %s", error)
-        except Exception as error:  # as in _serve
+        except Exception as error:  # noqa: BLE001 - as in _serve
             self._fail(error)
             pause = RETRY
         self._due = time.monotonic() + pause
@@ -1275,10 +1298,7 @@ class Committer(threading.Thread):
             self._complained = now
             bug = None if isinstance(error, StoreError) else error
             log.error("sends are not counted, the store cannot be used: %s", error, exc_info=bug)
-        with contextlib.suppress(queue.Empty):
-            while job := self._jobs.get_nowait():
-                job.mailbox.put(None)
-            self._stopping = True
+        self.give_up()
 
 
 # --- Policy ---------------------------------------------------------------------------------------
@@ -1382,6 +1402,7 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         first request, and one that has begun, have a deadline. Raises TimeoutError."""
         if begun and self._deadline is None:
             self._deadline = time.monotonic() + self.server.patience
+            self.idle_since = None
         if self._deadline is not None:
             left = self._deadline - time.monotonic()
             if left <= 0:
@@ -1406,21 +1427,21 @@ class PolicyHandler(socketserver.BaseRequestHandler):
             if self.server.uncounted.due():
                 log.warning("nothing is counted: %s; see smtpd_delay_reject", answer.reason)
         if log.isEnabledFor(level):
-            log.log(level, "[%d] %s", self.number, printable(verdict_line(request, answer)))
+            log.log(level, "[%d] %s", self.number, verdict_line(request, answer))
 
 
 def verdict_line(request: Request, answer: Answer) -> str:
     """What the log tells of a decision."""
     rule, verdict = answer.rule, answer.verdict
-    decided, msg = f"not counted ({answer.reason}), action={answer.action}", ""
+    counted, msg = f"not counted ({answer.reason}), action={answer.action}", ""
     if rule and verdict:
         used, (period, quota) = verdict.used, verdict.window
         share = 100 * used / quota if quota else 100
-        action = "ACCEPT" if verdict.accepted else "REJECT"
-        decided = f"rule={rule.key}, quota {used}/{quota} ({share:.2f}%), period={period}, action={action}"
+        counted = f"rule={rule.key}, quota {used}/{quota} ({share:.2f}%), period={period}, action="
+        counted += "ACCEPT" if verdict.accepted else "REJECT"
         msg = "" if verdict.accepted else f", msg={rule.msg}"
     return (
-        f"sasl_username={request.sasl_username}, rcpt={request.recipient}, {decided}, "
+        f"sasl_username={request.sasl_username}, rcpt={request.recipient}, {counted}, "
         f"sender={request.sender}, client_address={request.client_address}, "
         f"instance={request.instance}{msg}"
     )
@@ -1441,7 +1462,8 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.uncounted = Seldom(REMINDER)
         self._refused = Seldom(1.0)
         self._allow = config.allow
-        self._path = config.bind.removeprefix("unix:") if config.bind.startswith("unix:") else ""
+        local = config.bind.startswith("unix:")
+        self._path = str(config.beside(config.bind.removeprefix("unix:"))) if local else ""
         self.capacity = min(config.maxconnections, raise_descriptor_limit() - 32)  # connections
         where = config.bind if self._path else f"{config.bind}:{config.bindport}"
         try:
@@ -1501,15 +1523,19 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.exception("a connection ended with an error")
 
-    def drain(self, timeout: float) -> None:
-        """Take no more connections; answer the requests under way, in so many seconds."""
+    def stop(self) -> None:
+        """Take no more connections, and no more requests than have arrived."""
         self.shutdown()
         self.server_close()
         for handler in list(self.handlers):
-            hang_up(handler.request, socket.SHUT_RD)  # what has arrived is still read
+            hang_up(handler.request, socket.SHUT_RD)
+
+    def drained(self, timeout: float) -> bool:
+        """Wait so many seconds for the connections to end; whether they have."""
         deadline = time.monotonic() + timeout
         while self.handlers and time.monotonic() < deadline:
             time.sleep(0.01)
+        return not self.handlers
 
     def server_close(self) -> None:
         super().server_close()
@@ -1533,10 +1559,14 @@ def raise_descriptor_limit() -> int:
 
 def remove_stale_socket(path: str) -> None:
     """Remove a socket that a dead daemon left. Raises OSError when a live one answers there."""
-    with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(FileNotFoundError):
+    if not os.path.lexists(path):
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(path)
         except ConnectionRefusedError:
+            if not stat.S_ISSOCK(os.lstat(path).st_mode):
+                raise OSError(errno.EEXIST, "a file stands there that is no socket") from None
             os.unlink(path)
         else:
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
@@ -1550,7 +1580,20 @@ def printable(line: str) -> str:
     UTF-8."""
     if line.isprintable():
         return line
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    return "".join(
+        c if c.isprintable() or unicodedata.category(c) == "Zs" else escaped(c) for c in line
+    )
+
+
+def escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
+class OneLine(logging.Formatter):
+    """Whatever a client sent, or a traceback: one line, that fits a datagram."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record)[:MAX_LINE])
 
 
 class LogQueue(logging.handlers.QueueHandler):
@@ -1574,19 +1617,18 @@ class LogQueue(logging.handlers.QueueHandler):
 
 
 def start_logging(config: Config) -> Callable[[], None]:
-    """Log as configured; return what ends it and waits for the last lines, a second at the most."""
+    """Log as configured; return what ends it, after the last lines if the log takes them."""
     handler, target = log_handler(config)
-    handler.createLock = lambda: None
     handler.lock = None  # one thread writes; at exit nobody shall wait for a log that is stuck
     form = f"postfix/saslquota[{os.getpid()}]:%(message)s"
-    handler.setFormatter(logging.Formatter(form if target else f"%(asctime)s {form}"))
+    handler.setFormatter(OneLine(form if target else f"%(asctime)s {form}"))
     waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
     listener = logging.handlers.QueueListener(waiting, handler)
     log.handlers = [LogQueue(waiting)]
     log.propagate = False
     log.setLevel(config.loglevel)
-    # What is in no line of ours need not be found out (the logging module's "Optimization").
-    logging._srcfile = None  # type: ignore[attr-defined]
+    # What is in no line of ours need not be found out (the logging HOWTO, "Optimization").
+    logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging.raiseExceptions = False
     listener.start()
@@ -1594,7 +1636,7 @@ def start_logging(config: Config) -> Callable[[], None]:
     def stop() -> None:
         stopper = threading.Thread(target=listener.stop, daemon=True)
         stopper.start()
-        stopper.join(1.0)
+        stopper.join(SHUTDOWN / 6)
 
     return stop
 
@@ -1606,9 +1648,12 @@ def log_handler(config: Config) -> tuple[logging.Handler, str]:
     without = local and not config.logaddress and not os.path.exists(address)
     if config.loghandler == "stdout" or without:
         return logging.StreamHandler(sys.stdout), ""
-    handler = logging.handlers.SysLogHandler(
-        address if local else (address, config.logport), config.logfacility
-    )
+    try:
+        handler = logging.handlers.SysLogHandler(
+            address if local else (address, config.logport), config.logfacility
+        )
+    except OSError as error:
+        raise ConfigError(f"{config.path}: _logaddress: {address}: {error.strerror}") from None
     handler.append_nul = False
     return handler, address
 
@@ -1661,19 +1706,23 @@ def serve(config: Config) -> int:
         print(line, flush=True)
         log.info("%s", line)
     committer.start()
-    threading.Thread(target=server.serve_forever, name="listener", daemon=True).start()
-    while (
-        received := signal.sigtimedwait(signals, 1.0)
-    ) is None or received.si_signo == signal.SIGHUP:
+    threading.Thread(target=server.serve_forever, args=[0.1], daemon=True).start()
+    received = None
+    while received is None or received.si_signo == signal.SIGHUP:
         rules.reload(force=received is not None)
-    server.drain(SHUTDOWN)
-    committer.stop(max(0.0, SHUTDOWN / 8))
+        received = signal.sigtimedwait(signals, 1.0)
+    server.stop()
+    if not server.drained(SHUTDOWN):
+        committer.give_up()
+        server.drained(SHUTDOWN / 6)
+    committer.stop(SHUTDOWN / 6)
     log.info("stopped by signal %d", received.si_signo)
     stop_logging()
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     parser = argparse.ArgumentParser(
         prog="saslquota.py", description="Postfix policy daemon: sending quotas for SASL senders"
     )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from servers import Bench, BenchError, Load, MariaDB, Result, say
-from table import Key
+from table import PEERS, Key
 
 
 @dataclasses.dataclass
@@ -33,6 +33,10 @@ class Round:
         """The usual load for this round's time, with changes."""
         usual: dict[str, object] = {"seconds": self.seconds, "warmup": self.seconds / 3}
         return Load(**(usual | changes))  # type: ignore[arg-type]
+
+    def serious(self) -> list[str]:
+        """The failures that are not a peer's: those cost its row, and say nothing about us."""
+        return [failure for failure in self.failures if not failure.startswith(PEERS)]
 
     @contextlib.contextmanager
     def attempt(self, what: str) -> Iterator[None]:

@@ -4,9 +4,11 @@ import re
 import select
 import signal
 import socket
+import sqlite3
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +203,7 @@ def test_the_thread_count_is_that_of_open_connections(
     running = daemon(to_socket(path), RULES)
     with running.policy() as policy:
         assert policy.ask() == "OK"
+        syslog.wait_for("thread count")  # which is told after the reply
         ask(running, OWNERS)
         syslog.wait_for("[2] thread stopped")
         assert policy.ask() == "OK"
@@ -266,10 +269,14 @@ NASTY = [
     pytest.param("a\tb\0c\x1b[2Jd\x7f", r"a\tb\x00c\x1b[2Jd\x7f", id="control"),
     pytest.param("a\v\f\x1c\x1d\x1eb", r"a\x0b\x0c\x1c\x1d\x1eb", id="python-line-ends"),
     pytest.param("a\x85\u2028\u2029b", r"a\x85\u2028\u2029b", id="unicode-line-ends"),
-    pytest.param("a\u202eb", r"a\u202eb", id="right-to-left"),
     pytest.param("jo\udce3o", r"jo\udce3o", id="not-utf-8"),
     pytest.param("joão 🐁", "joão 🐁", id="printable"),
 ]
+
+
+def is_one_line(line: str) -> bool:
+    """Whether nothing in it ends a line or controls a terminal."""
+    return all(unicodedata.category(c) not in {"Cc", "Cs", "Zl", "Zp"} for c in line)
 
 
 @pytest.mark.parametrize(("value", "shown"), NASTY)
@@ -291,11 +298,27 @@ def test_a_value_never_breaks_a_line(
     asked = [request, {**request, "sasl_username": ""}, {**OWNERS, "protocol_state": value}]
     assert ask(running, *asked) == ["OK", "REJECT authentication required", "DUNNO"]
     lines = [text for _, text in texts(syslog.wait_for("thread stopped"), running)]
-    assert all(line.isprintable() for line in lines)
+    assert all(is_one_line(line) for line in lines)
     (accepted,) = [line for line in lines if "ACCEPT" in line]
     for name in ("sasl_username", "rcpt", "sender", "client_address", "instance"):
         assert f"{name}=<{shown}>" in accepted
     assert f"nothing is counted: asked at {shown};" in "\n".join(lines)
+
+
+def test_an_account_never_breaks_a_line(daemon: Start, syslog: Syslog, path: Path) -> None:
+    """It was a value from the network once, and comes back from the store."""
+    running = daemon(to_socket(path), RULES)
+    ahead = (int(time.time()) + 3600) * 1_000_000
+    assert ask(running, OWNERS) == ["OK"]  # now there is a table
+    with closing(sqlite3.connect(running.directory / "saslquota.db")) as connection:
+        row = ("a\rb\u2028@x.br", 1, 1, ahead, 1, 1, "", 1)
+        connection.execute("INSERT INTO sends VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+        connection.commit()
+    assert ask(running, {**OWNERS, "sasl_username": "a\rb\u2028@x.br"}) == ["OK"]
+    lines = [text for _, text in texts(syslog.wait_for("thread stopped", 2), running)]
+    assert all(is_one_line(line) for line in lines)
+    (error,) = [line for line in lines if "ahead of the clock" in line]
+    assert r"a\rb\u2028@x.br" in error
 
 
 def test_a_long_value_is_logged(daemon: Start, syslog: Syslog, path: Path) -> None:
@@ -342,7 +365,7 @@ def lost(lines: list[tuple[int, str]]) -> int:
 def test_a_log_that_nobody_reads(daemon: Start, syslog: Syslog, path: Path) -> None:
     running = daemon(to_socket(path), RULES)
     asked = 6000
-    assert flood(running, asked) < 1
+    assert flood(running, asked) < 5
     syslog.drain()
     ask(running, OWNERS)
     lines = texts(syslog.wait_for("action=ACCEPT"), running)

@@ -240,7 +240,7 @@ def test_check_of_mysql(shipped: Path, database: Database) -> None:
     status, line = mysql_check(shipped, database)
     assert status == 0
     assert f"MySQL {database.name} on 127.0.0.1: " in line
-    assert re.search("table sends found, connector: (C extension|pure Python)", line)
+    assert "table sends found" in line
     assert database.sql("SELECT COUNT(*) FROM sends") == "0"
 
 
