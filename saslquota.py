@@ -97,7 +97,8 @@ PURGE_ROWS = 200  # in one DELETE: a few milliseconds
 PURGE_PAUSE = 0.1  # seconds between two of them
 PURGE_INTERVAL = 3600.0  # seconds between two purges
 MAX_LINE = 4000  # characters of a log line; rsyslog takes 8 KiB
-LOG_BACKLOG = 10_000  # lines waiting for a log that does not take them; the next ones are dropped
+LOG_PAUSE = 0.02  # seconds in which log lines gather
+LOG_BACKLOG = 20_000  # lines waiting for a log that does not take them; the next ones are dropped
 SHUTDOWN = 3.0  # seconds for the requests under way when the daemon is told to stop
 
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # no part of a line of text
@@ -1049,6 +1050,7 @@ class MySQLStore(Store):
         self._config = config
         self._hosts = collections.deque(config.myhost)
         self._connection: Any = None
+        self._cursor: Any = None
         self._error: type[Exception] = StoreError
         self._cluster = False
         self._connector = ""  # which of its two implementations runs
@@ -1094,6 +1096,7 @@ class MySQLStore(Store):
             read_timeout=patience,
             write_timeout=patience,
         )
+        self._cursor = self._connection.cursor()  # one for all: making one pings the server
         lock = max(1, patience - 1)
         self._run(f"SET SESSION innodb_lock_wait_timeout = {lock}, lock_wait_timeout = {lock}")
         self._run("SET SESSION sql_mode = 'STRICT_ALL_TABLES'")
@@ -1148,9 +1151,8 @@ class MySQLStore(Store):
         if not self._connection:
             raise Unavailable("not connected")
         try:
-            with contextlib.closing(self._connection.cursor()) as cursor:
-                cursor.execute(self._write(sql, values) if values else sql)
-                return cursor.fetchall() if cursor.with_rows else []
+            self._cursor.execute(self._write(sql, values) if values else sql)
+            return self._cursor.fetchall() if self._cursor.with_rows else []
         except (self._error, OSError) as error:
             kind = Conflict if getattr(error, "errno", None) in self.CONFLICTS else Unavailable
             raise kind(str(error)) from error
@@ -1513,7 +1515,7 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def _make_room(self) -> None:
         """Close the connection that has been idle longest."""
-        idle = [(h.idle_since, h.number, h) for h in list(self.handlers) if h.idle_since]
+        idle = [(since, h.number, h) for h in list(self.handlers) if (since := h.idle_since)]
         if idle:
             _, number, handler = min(idle)
             log.warning("[%d] closed to make room for another, see _maxconnections", number)
@@ -1596,49 +1598,60 @@ class OneLine(logging.Formatter):
         return printable(super().format(record)[:MAX_LINE])
 
 
-class LogQueue(logging.handlers.QueueHandler):
-    """Hands records to the one thread that writes them: a log that is stuck holds up no reply."""
+class LogWriter(logging.Handler):
+    """Hands records to a thread that writes them, those of a moment together: neither a log that
+    is stuck nor the waking of another thread for each line holds up a reply."""
 
-    queue: queue.SimpleQueue[logging.LogRecord]
-    lost = 0
+    def __init__(self, target: logging.Handler) -> None:
+        super().__init__()
+        self._target = target
+        self._records: collections.deque[logging.LogRecord] = collections.deque()
+        self._lost = 0
+        self._wake = threading.Event()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._write, name="log", daemon=True)
+        self._thread.start()
 
-    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        return record  # nothing in it changes any more, nor does it leave the process
+    def emit(self, record: logging.LogRecord) -> None:
+        if len(self._records) < LOG_BACKLOG:
+            self._records.append(record)
+        else:
+            self._lost += 1
+        if not self._wake.is_set():
+            self._wake.set()
 
-    def enqueue(self, record: logging.LogRecord) -> None:
-        if self.queue.qsize() >= LOG_BACKLOG:
-            self.lost += 1
-            return
-        if self.lost:
-            lost, self.lost = self.lost, 0
-            fields = {"levelno": logging.ERROR, "levelname": "ERROR"}
-            self.queue.put(logging.makeLogRecord({**fields, "msg": f"{lost} log lines were lost"}))
-        self.queue.put(record)
+    def _write(self) -> None:
+        while not self._stopping:
+            self._wake.wait()
+            time.sleep(LOG_PAUSE)
+            self._wake.clear()
+            while self._records:
+                self._target.emit(self._records.popleft())
+            if self._lost:
+                lost, self._lost = self._lost, 0
+                log.error("%d log lines were lost", lost)
+
+    def stop(self, timeout: float) -> None:
+        """Write what is left, if the log takes it within so many seconds."""
+        self._stopping = True
+        self._wake.set()
+        self._thread.join(timeout)
 
 
-def start_logging(config: Config) -> Callable[[], None]:
-    """Log as configured; return what ends it, after the last lines if the log takes them."""
-    handler, target = log_handler(config)
-    handler.lock = None  # one thread writes; at exit nobody shall wait for a log that is stuck
+def start_logging(config: Config) -> LogWriter:
+    """Log as configured. Raises ConfigError."""
+    target, address = log_handler(config)
     form = f"postfix/saslquota[{os.getpid()}]:%(message)s"
-    handler.setFormatter(OneLine(form if target else f"%(asctime)s {form}"))
-    waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    listener = logging.handlers.QueueListener(waiting, handler)
-    log.handlers = [LogQueue(waiting)]
+    target.setFormatter(OneLine(form if address else f"%(asctime)s {form}"))
+    writer = LogWriter(target)
+    log.handlers = [writer]
     log.propagate = False
     log.setLevel(config.loglevel)
     # What is in no line of ours need not be found out (the logging HOWTO, "Optimization").
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging.raiseExceptions = False
-    listener.start()
-
-    def stop() -> None:
-        stopper = threading.Thread(target=listener.stop, daemon=True)
-        stopper.start()
-        stopper.join(SHUTDOWN / 6)
-
-    return stop
+    return writer
 
 
 def log_handler(config: Config) -> tuple[logging.Handler, str]:
@@ -1690,14 +1703,12 @@ def check(config: Config) -> int:
 
 def serve(config: Config) -> int:
     """Run the daemon until a signal ends it. Raises ConfigError for what cannot be started."""
-    signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # taken below, by this thread only
     threading.stack_size(512 * 1024)
     rules = RulesFile(config.beside(config.quotafile), config.retentiondays * 86400)
     store = make_store(config)
     committer = Committer(Ledger(store, config.retentiondays * 86400), config.dbtimeout)
     server = PolicyServer(config, Policy(config, rules, committer))
-    stop_logging = start_logging(config)
+    writer = start_logging(config)
     for line in (
         f"saslquota {__version__} listening on {server}, {server.capacity} connections at most",
         f"counting in {store}",
@@ -1707,18 +1718,30 @@ def serve(config: Config) -> int:
         log.info("%s", line)
     committer.start()
     threading.Thread(target=server.serve_forever, args=[0.1], daemon=True).start()
-    received = None
-    while received is None or received.si_signo == signal.SIGHUP:
-        rules.reload(force=received is not None)
-        received = signal.sigtimedwait(signals, 1.0)
+    received = wait_for_signal(rules)
     server.stop()
     if not server.drained(SHUTDOWN):
         committer.give_up()
         server.drained(SHUTDOWN / 6)
     committer.stop(SHUTDOWN / 6)
-    log.info("stopped by signal %d", received.si_signo)
-    stop_logging()
+    log.info("stopped by %s", received)
+    writer.stop(SHUTDOWN / 6)
     return 0
+
+
+def wait_for_signal(rules: RulesFile) -> str:
+    """Keep the rules fresh until a signal says to stop; return its name."""
+    received: queue.SimpleQueue[int] = queue.SimpleQueue()  # its put() may interrupt its get()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda caught, _frame: received.put(caught))
+    while True:
+        try:
+            caught = received.get(timeout=1.0)
+        except queue.Empty:
+            caught = 0
+        if caught not in (0, signal.SIGHUP):
+            return signal.Signals(caught).name
+        rules.reload(force=caught == signal.SIGHUP)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

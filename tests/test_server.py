@@ -14,9 +14,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from servers import LOOPBACK, ROOT, Daemon, Policy, clean_environment, is_listening, wait_for
+
+from saslquota import PolicyServer
 
 Start = Callable[..., Daemon]
 ONE_EACH = {"default": {"period": 3600, "msgquota": 1, "msg": "over quota"}}
@@ -424,6 +427,29 @@ def test_a_request_under_way_does_not_make_room(daemon: Start) -> None:
                 other.send(SMALL)
                 assert other.reply() == "DUNNO"
         assert busy.reply() == "OK"
+
+
+def test_a_request_that_comes_while_room_is_made() -> None:
+    """Its thread says so at any moment, also between two looks of the listener."""
+
+    class Handler:
+        def __init__(self, number: int, *looks: float) -> None:
+            self.number, self.request, self.looks = number, socket.socket(), list(looks)
+
+        @property
+        def idle_since(self) -> float | None:
+            return self.looks.pop(0) if self.looks else None
+
+        @idle_since.setter
+        def idle_since(self, value: None) -> None:
+            assert value is None
+
+    server: Any = PolicyServer.__new__(PolicyServer)
+    server.handlers = {Handler(1, 10.0), Handler(2, 20.0, 20.0)}
+    with ExitStack() as stack:
+        for handler in server.handlers:
+            stack.enter_context(handler.request)
+        server._make_room()
 
 
 def test_a_burst_of_connections(daemon: Start) -> None:
