@@ -99,7 +99,7 @@ PURGE_INTERVAL = 3600.0  # seconds between two purges
 MAX_LINE = 4000  # characters of a log line; rsyslog takes 8 KiB
 LOG_PAUSE = 0.02  # seconds in which log lines gather
 LOG_BACKLOG = 20_000  # lines waiting for a log that does not take them; the next ones are dropped
-SHUTDOWN = 3.0  # seconds for the requests under way when the daemon is told to stop
+SHUTDOWN = 1.0  # seconds for the store when the daemon is told to stop; then the fallback
 
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # no part of a line of text
 
@@ -675,14 +675,15 @@ class Ledger:
         self._clock = Clock(monotonic)
         self._monotonic = monotonic
         self._future = Seldom(REMINDER)
+        self.stopping = False  # no more attempts: set by another thread
         self._accounts: collections.OrderedDict[str, Account] = collections.OrderedDict()
         self._purged: Mark = NOWHERE
 
-    def open(self) -> None:
+    def open(self, deadline: float = float("inf")) -> None:
         """Connect the store anew; nothing is known on a new connection. Raises Unavailable."""
         self._accounts.clear()
         self._clock.distrust()
-        self._store.open()
+        self._store.open(deadline)
 
     def close(self) -> None:
         self._store.close()
@@ -718,8 +719,8 @@ class Ledger:
                 if failures == ATTEMPTS:
                     raise
                 uncertain = bool(rows)
-                self.open()
-            if self._monotonic() >= deadline:
+                self.open(deadline)
+            if self.stopping or self._monotonic() + self._store.patience > deadline:
                 raise Unavailable("the store did not answer in time")
 
     def _decide(
@@ -843,11 +844,13 @@ class Store:
     BEGIN = "BEGIN"
     LOCK = ""
 
-    def __init__(self) -> None:
+    def __init__(self, patience: float) -> None:
+        self.patience = patience  # seconds that a statement may take
         self._locked = False
 
-    def open(self) -> None:
-        """Connect anew and make sure that sends can be read and written."""
+    def open(self, deadline: float = float("inf")) -> None:
+        """Connect anew and make sure that sends can be read and written. Begins nothing after the
+        deadline, in monotonic seconds."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -945,21 +948,20 @@ class SQLiteStore(Store):
         "CREATE INDEX IF NOT EXISTS sends_at ON sends (at)",
     )
 
-    def __init__(self, path: Path, timeout: float) -> None:
-        super().__init__()
+    def __init__(self, path: Path, patience: float) -> None:
+        super().__init__(patience)
         self._path = path
-        self._timeout = timeout  # seconds to wait for another process's lock
         self._connection: sqlite3.Connection | None = None
         self._inode = 0
 
     def __str__(self) -> str:
         return f"SQLite {self._path}"
 
-    def open(self) -> None:
+    def open(self, deadline: float = float("inf")) -> None:
         self.close()
         try:
             self._connection = sqlite3.connect(
-                self._path, timeout=self._timeout, isolation_level=None
+                self._path, timeout=self.patience, isolation_level=None, check_same_thread=False
             )
             for statement in ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL"):
                 self._run(statement)
@@ -968,6 +970,7 @@ class SQLiteStore(Store):
             self._run("BEGIN IMMEDIATE")
             self._run("ROLLBACK")
             self._inode = self._path.stat().st_ino
+            log.info("connected: %s", self)
         except (sqlite3.Error, StoreError, OSError) as error:
             self.close()
             raise Unavailable(f"{self._path}: {error}") from None
@@ -1010,7 +1013,7 @@ class SQLiteStore(Store):
         mode = "mode=ro" if Path(f"{self._path}-wal").exists() else "immutable=1"
         uri = f"{self._path.absolute().as_uri()}?{mode}"
         try:
-            self._connection = sqlite3.connect(uri, uri=True, timeout=self._timeout)
+            self._connection = sqlite3.connect(uri, uri=True, timeout=self.patience)
             self._run(f"SELECT {COLUMNS} FROM sends LIMIT 0")
         except (sqlite3.Error, StoreError) as error:
             raise Unavailable(f"{self._path}: {error}") from None
@@ -1046,7 +1049,7 @@ class MySQLStore(Store):
     CONFLICTS = frozenset({1062, 1213, 1205, 3101, 1020})
 
     def __init__(self, config: Config) -> None:
-        super().__init__()
+        super().__init__(max(1, config.dbtimeout // 2))  # whole seconds; time for a second try
         self._config = config
         self._hosts = collections.deque(config.myhost)
         self._connection: Any = None
@@ -1059,14 +1062,16 @@ class MySQLStore(Store):
         where = self._hosts[0] if self._connection else ", ".join(self._config.myhost)
         return f"MySQL {self._config.mydb} on {where}"
 
-    def open(self) -> None:
+    def open(self, deadline: float = float("inf")) -> None:
         """Connect to the first host that takes sends, beginning with the last that did."""
         self.close()
         connector = load_connector()
         self._error = connector.Error
         self._connector = "C extension" if connector.HAVE_CEXT else "pure Python"
-        failures = []
+        failures: list[str] = []
         for _ in range(len(self._hosts)):
+            if failures and time.monotonic() + self.patience > deadline:
+                break
             try:
                 self._connect(connector, self._hosts[0])
                 log.info("connected: %s, connector: %s", self, self._connector)
@@ -1079,7 +1084,6 @@ class MySQLStore(Store):
 
     def _connect(self, connector: Any, name: str) -> None:
         config = self._config
-        patience = max(1, config.dbtimeout // 2)  # whole seconds; leaves time for a second try
         where: dict[str, Any] = {"unix_socket": name.removeprefix("unix:")}
         if not name.startswith("unix:"):
             where = dict(zip(("host", "port"), split_host(name, config.myport) or (), strict=True))
@@ -1092,12 +1096,12 @@ class MySQLStore(Store):
             collation="utf8mb4_bin",
             autocommit=True,
             use_pure=not connector.HAVE_CEXT,
-            connection_timeout=patience,
-            read_timeout=patience,
-            write_timeout=patience,
+            connection_timeout=self.patience,
+            read_timeout=self.patience,
+            write_timeout=self.patience,
         )
         self._cursor = self._connection.cursor()  # one for all: making one pings the server
-        lock = max(1, patience - 1)
+        lock = max(1, self.patience - 1)
         self._run(f"SET SESSION innodb_lock_wait_timeout = {lock}, lock_wait_timeout = {lock}")
         self._run("SET SESSION sql_mode = 'STRICT_ALL_TABLES'")
         self._run("SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ")
@@ -1200,6 +1204,8 @@ class Committer(threading.Thread):
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._down = False  # known to be: nobody waits for it
         self._batch: Sequence[Job] = ()  # what the ledger is at work on
+        self._at_work = threading.Lock()  # whoever holds it uses the ledger
+        self._wanted = False  # the committer has a batch and waits for the lock
         self._stopping = False
         self._due = 0.0  # monotonic seconds; when the next chore is
         self._complained: float | None = None  # when the log was told of a trouble that lasts
@@ -1210,10 +1216,16 @@ class Committer(threading.Thread):
         """The ledger's verdict; None when there is none in time, or the store is down."""
         if self._down:
             return None
-        mailbox: queue.SimpleQueue[Verdict | None] = queue.SimpleQueue()
-        self._jobs.put(Job(charge, time.monotonic() + self._timeout, mailbox))
+        job = Job(charge, time.monotonic() + self._timeout, queue.SimpleQueue())
+        if not self._wanted and self._at_work.acquire(blocking=False):
+            try:  # nobody is at work: to wake another thread would take longer than the work
+                self._serve([job])
+            finally:
+                self._at_work.release()
+        else:
+            self._jobs.put(job)
         try:
-            return mailbox.get(timeout=self._timeout)
+            return job.mailbox.get(timeout=self._timeout)
         except queue.Empty:
             return None
 
@@ -1223,7 +1235,11 @@ class Committer(threading.Thread):
         self.join(timeout)
 
     def give_up(self) -> None:
-        """Whoever still waits shall have the fallback now."""
+        """Whoever still waits shall have the fallback, and soon."""
+        self._ledger.stopping = True
+        self._flush()
+
+    def _flush(self) -> None:
         self._down = True
         for job in self._batch:
             job.mailbox.put(None)
@@ -1236,18 +1252,22 @@ class Committer(threading.Thread):
 
     def run(self) -> None:
         while not self._stopping:
-            if time.monotonic() >= self._due:
-                self._chore()
-            jobs = self._take()
-            if jobs:
-                self._serve(jobs)
+            first: list[Job | None] = []
+            with contextlib.suppress(queue.Empty):
+                first = [self._jobs.get(timeout=max(0.0, min(RETRY, self._due - time.monotonic())))]
+            self._wanted = True
+            with self._at_work:
+                self._serve(self._take(first))
+                if time.monotonic() >= self._due:
+                    self._chore()
+            self._wanted = False
         self._ledger.close()
 
-    def _take(self) -> list[Job]:
-        """Wait for a job, or until the next chore; take all that wait."""
+    def _take(self, first: Sequence[Job | None]) -> list[Job]:
+        """All jobs that wait."""
         jobs: list[Job] = []
         with contextlib.suppress(queue.Empty):
-            job = self._jobs.get(timeout=max(0.0, self._due - time.monotonic()))
+            job = first[0] if first else self._jobs.get_nowait()
             while job is not None:
                 jobs.append(job)
                 if len(jobs) == MAX_BATCH:
@@ -1300,7 +1320,7 @@ class Committer(threading.Thread):
             self._complained = now
             bug = None if isinstance(error, StoreError) else error
             log.error("sends are not counted, the store cannot be used: %s", error, exc_info=bug)
-        self.give_up()
+        self._flush()
 
 
 # --- Policy ---------------------------------------------------------------------------------------
@@ -1319,6 +1339,7 @@ class Policy:
     """Decides what is answered to a request."""
 
     COUNTED = frozenset({"MAIL", "RCPT", "DATA", "END-OF-MESSAGE"})
+    TOO_EARLY = frozenset({"CONNECT", "EHLO", "HELO"})  # nobody can have logged in
     PER_MESSAGE = frozenset({"DATA", "END-OF-MESSAGE"})  # once, with the number of recipients
 
     def __init__(self, config: Config, rules: RulesFile, committer: Committer) -> None:
@@ -1332,7 +1353,7 @@ class Policy:
     def check(self, request: Request) -> Answer:
         """Charge the sender, and say what Postfix shall do. Waits for the store."""
         if request.protocol_state not in self.COUNTED:
-            return Answer("DUNNO", reason=f"asked at {request.protocol_state}")
+            return Answer("DUNNO", reason=f"asked at protocol_state {request.protocol_state}")
         account = valid(request.sasl_username.strip().lower())  # Bob@x and `bob@x ` are one sender
         if not account:
             return Answer(self._nosasl, reason="no sasl_username")
@@ -1427,7 +1448,9 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         else:
             level = logging.DEBUG
             if self.server.uncounted.due():
-                log.warning("nothing is counted: %s; see smtpd_delay_reject", answer.reason)
+                early = request.protocol_state in Policy.TOO_EARLY
+                hint = ", before anyone can log in: see smtpd_delay_reject" if early else ""
+                log.warning("nothing is counted: %s%s", answer.reason, hint)
         if log.isEnabledFor(level):
             log.log(level, "[%d] %s", self.number, verdict_line(request, answer))
 
@@ -1483,7 +1506,7 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             return
         found = socket.getaddrinfo(config.bind, config.bindport, type=socket.SOCK_STREAM)
         self.address_family, address = found[0][0], found[0][4]
-        super().__init__(address[:2], PolicyHandler)  # type: ignore[arg-type]
+        super().__init__(address, PolicyHandler)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         if self._path:
@@ -1564,6 +1587,7 @@ def remove_stale_socket(path: str) -> None:
     if not os.path.lexists(path):
         return
     with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1.0)  # a frozen daemon is a live one
         try:
             probe.connect(path)
         except ConnectionRefusedError:
@@ -1602,8 +1626,9 @@ class LogWriter(logging.Handler):
     """Hands records to a thread that writes them, those of a moment together: neither a log that
     is stuck nor the waking of another thread for each line holds up a reply."""
 
-    def __init__(self, target: logging.Handler) -> None:
+    def __init__(self, target: logging.Handler, *, on_stdout: bool) -> None:
         super().__init__()
+        self.on_stdout = on_stdout
         self._target = target
         self._records: collections.deque[logging.LogRecord] = collections.deque()
         self._lost = 0
@@ -1643,7 +1668,7 @@ def start_logging(config: Config) -> LogWriter:
     target, address = log_handler(config)
     form = f"postfix/saslquota[{os.getpid()}]:%(message)s"
     target.setFormatter(OneLine(form if address else f"%(asctime)s {form}"))
-    writer = LogWriter(target)
+    writer = LogWriter(target, on_stdout=not address)
     log.handlers = [writer]
     log.propagate = False
     log.setLevel(config.loglevel)
@@ -1715,17 +1740,18 @@ def serve(config: Config) -> int:
         f"rules in {rules.path}: {describe_rules(rules.rules)}",
     ):
         print(line, flush=True)
-        log.info("%s", line)
+        if not writer.on_stdout:
+            log.info("%s", line)
     committer.start()
     threading.Thread(target=server.serve_forever, args=[0.1], daemon=True).start()
     received = wait_for_signal(rules)
     server.stop()
     if not server.drained(SHUTDOWN):
         committer.give_up()
-        server.drained(SHUTDOWN / 6)
-    committer.stop(SHUTDOWN / 6)
+        server.drained(3 * SHUTDOWN)
+    committer.stop(SHUTDOWN / 4)
     log.info("stopped by %s", received)
-    writer.stop(SHUTDOWN / 6)
+    writer.stop(SHUTDOWN / 4)
     return 0
 
 

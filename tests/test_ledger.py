@@ -41,7 +41,7 @@ class ClockedStore(SQLiteStore):
     """A real SQLite store whose database clock, and whose luck, are the test's."""
 
     def __init__(self, path: Path, world: World) -> None:
-        super().__init__(path, timeout=0)
+        super().__init__(path, patience=0)
         self._world = world
         self.skew = 0
         self.mishap = ""
@@ -55,7 +55,8 @@ class ClockedStore(SQLiteStore):
         return START + self._world.now + self.skew
 
     def append(self, rows: Sequence[Row]) -> None:
-        mishap, self.mishap = (self.mishap, "") if rows else ("", self.mishap)
+        mishap = self.mishap if rows else ""
+        self.mishap = "" if rows else self.mishap
         if mishap == "frozen":  # the statement is carried out later, or never
             self.frozen.append(rows)
         elif mishap != "lost":
@@ -96,7 +97,7 @@ class Bench:
     def rows(self) -> list[Row]:
         columns = saslquota.COLUMNS
         found = self.stores[0]._run(f"SELECT {columns} FROM sends ORDER BY account, seq")
-        return [Row(*row) for row in found]
+        return [Row(*row) for row in found]  # type: ignore[misc]
 
     def close(self) -> None:
         for store in self.stores:
@@ -226,7 +227,8 @@ def test_a_chain_goes_on_after_a_batch_was_given_up(bench: Callable[..., Bench])
     one = bench()
     windows = (Window(10, 2),)
     assert one.send("a", windows)
-    append, one.stores[0].append = one.stores[0].append, fail  # type: ignore[method-assign]
+    append = one.stores[0].append
+    one.stores[0].append = fail  # type: ignore[assignment,method-assign]
     with pytest.raises(Unavailable):
         one.send("a", windows)
     one.stores[0].append = append  # type: ignore[method-assign]
@@ -342,12 +344,12 @@ def test_rows_that_another_daemon_kept_out_are_decided_again(bench: Callable[...
     first = two.stores[0]
     reopen = first.open
 
-    def open_later() -> None:
-        reopen()
+    def open_later(deadline: float) -> None:
+        reopen(deadline)
         two.send("a", windows, daemon=1)  # takes the very seq that the lost INSERT wanted
 
     first.mishap = "frozen"
-    first.open = open_later  # type: ignore[method-assign]
+    first.open = open_later  # type: ignore[assignment,method-assign]
     assert two.send("a", windows)
     first.thaw()
     assert not two.send("a", windows)

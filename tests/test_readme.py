@@ -319,6 +319,9 @@ def named_database(mariadb: MariaDB, new_directory: Callable[[], Path]) -> Itera
     opt = copy_shipped(new_directory())
     try:
         mariadb.sql(statements)
+        for host in ("localhost", LOOPBACK):
+            grants = mariadb.sql(f"SHOW GRANTS FOR {name}@'{host}'")
+            assert f"GRANT ALL PRIVILEGES ON `{name}`.* TO" in grants
         load, edit = block(SETTINGS, "sh", "mysql.sql").splitlines()
         shell(load, ("mysql saslquota", client))
         shell(edit, ("/opt/saslquota", str(opt)))
@@ -440,6 +443,29 @@ def test_the_reply_a_sender_sees(daemon: START, postfix: Callable[..., Postfix])
         code, text = session.rcpt("r50@example.net")
     seen = f"{code} {text.decode('utf-8')}\n"
     assert seen.replace(LOOPBACK, "192.0.2.1") == block("saslquota", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "counted"),
+    [
+        ({"smtpd_client_restrictions": "permit_mynetworks, $saslquota"}, 0),
+        ({"smtpd_client_restrictions": "permit_sasl_authenticated, $saslquota"}, 0),
+        ({"smtpd_client_restrictions": "$saslquota, permit_mynetworks"}, 3),
+        ({"smtpd_recipient_restrictions": "$saslquota, permit_sasl_authenticated, reject"}, 6),
+    ],
+    ids=["behind-mynetworks", "behind-authenticated", "before", "twice"],
+)
+def test_wrong_places(
+    daemon: START, postfix: Callable[..., Postfix], options: dict[str, str], counted: int
+) -> None:
+    """What three recipients cost."""
+    started = daemon()
+    instance = postfix(f"check_policy_service inet:{LOOPBACK}:{started.port}", options=options)
+    with instance.login() as session:
+        to = [f"r{number}@example.net" for number in range(3)]
+        session.sendmail("alice@example.com", to, "Subject: x\n\n")
+    rows = sqlite_rows(started.directory / "saslquota.db", "SELECT seq FROM sends")
+    assert len(rows) == counted
 
 
 def test_from_recipients_to_messages(daemon: START, postfix: Callable[..., Postfix]) -> None:
@@ -657,13 +683,18 @@ def test_used_by(counting: Counting) -> None:
         assert sql(in_the_future) == ["0"], "nothing that late: 0, not all"
 
 
+def age(sql: Sql, statement: Callable[[str], str], number: int) -> None:
+    """Let the first sends of each account leave the window."""
+    # SQLite's statements are exact to the second
+    older = "at - 3601000000" if "strftime" in statement("AS used") else "at - INTERVAL 1 HOUR"
+    sql(f"UPDATE sends SET at = {older} WHERE seq <= {number}")
+
+
 def test_used_by_leaves_out_what_is_older(counting: Counting) -> None:
     started, sql, statement = counting
     with started.policy() as policy:
         assert [policy.ask(sasl_username=BOB) for _ in range(4)] == ["OK"] * 4
-    # SQLite's statements are exact to the second
-    older = "at - 3601000000" if "strftime" in statement("AS used") else "at - INTERVAL 1 HOUR"
-    sql(f"UPDATE sends SET at = {older} WHERE seq <= 3")
+    age(sql, statement, 3)
     assert sql(statement("AS used")) == ["1"]
     assert [row.split("\t")[:2] for row in sql(statement("AS sent"))] == [[BOB, "1"]]
 
@@ -699,6 +730,8 @@ def test_unblock(counting: Counting) -> None:
             assert sql(statement("AS used")) == ["5"]
             assert sql(f"SELECT MAX(epoch) FROM sends WHERE account = '{BOB}'") == [str(epoch)]
         assert policy.ask(sasl_username="ann@x.org") == "REJECT no more"
+    age(sql, statement, 3)
+    assert sql(statement("AS used")) == ["5"], "what stands before the reset is not counted"
     assert "cannot be used" not in started.log()
 
 

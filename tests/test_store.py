@@ -356,7 +356,10 @@ def test_a_daemon_farther_away_does_not_starve(database: Database) -> None:
         ({"mypasswd": "wrong"}, "Access denied.*check _myuser and _mypasswd in saslquota.json"),
         ({"mydb": "nowhere"}, "nowhere.*(create database nowhere|grant all on nowhere)"),
         ({"myport": 1}, "127.0.0.1: 2003.*is the server running"),
-        ({"myhost": ("unix:/nonexistent/s",)}, "unix:/nonexistent/s: 200[23].*is the server running"),
+        (
+            {"myhost": ("unix:/nonexistent/s",)},
+            "unix:/nonexistent/s: 200[23].*is the server running",
+        ),
     ],
 )
 def test_trouble_is_told_with_its_remedy(
