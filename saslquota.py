@@ -98,8 +98,8 @@ PURGE_PAUSE = 0.1  # seconds between two of them
 PURGE_INTERVAL = 3600.0  # seconds between two purges
 MAX_LINE = 4000  # characters of a log line; rsyslog takes 8 KiB
 LOG_PAUSE = 0.02  # seconds in which log lines gather
-LOG_BACKLOG = 20_000  # lines waiting for a log that does not take them; the next ones are dropped
-SHUTDOWN = 1.0  # seconds for the store when the daemon is told to stop; then the fallback
+LOG_BACKLOG = 10_000  # lines waiting for a log that does not take them; the next ones are dropped
+SHUTDOWN = 2.0  # seconds for the store when the daemon is told to stop; then the fallback
 
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # no part of a line of text
 
@@ -720,7 +720,7 @@ class Ledger:
                     raise
                 uncertain = bool(rows)
                 self.open(deadline)
-            if self.stopping or self._monotonic() + self._store.patience > deadline:
+            if self.stopping or self._monotonic() + self._store.patience >= deadline:
                 raise Unavailable("the store did not answer in time")
 
     def _decide(
@@ -1353,7 +1353,7 @@ class Policy:
     def check(self, request: Request) -> Answer:
         """Charge the sender, and say what Postfix shall do. Waits for the store."""
         if request.protocol_state not in self.COUNTED:
-            return Answer("DUNNO", reason=f"asked at protocol_state {request.protocol_state}")
+            return Answer("DUNNO", reason=f"asked at {request.protocol_state}")
         account = valid(request.sasl_username.strip().lower())  # Bob@x and `bob@x ` are one sender
         if not account:
             return Answer(self._nosasl, reason="no sasl_username")
@@ -1449,7 +1449,7 @@ class PolicyHandler(socketserver.BaseRequestHandler):
             level = logging.DEBUG
             if self.server.uncounted.due():
                 early = request.protocol_state in Policy.TOO_EARLY
-                hint = ", before anyone can log in: see smtpd_delay_reject" if early else ""
+                hint = "; see smtpd_delay_reject" if early else ""
                 log.warning("nothing is counted: %s%s", answer.reason, hint)
         if log.isEnabledFor(level):
             log.log(level, "[%d] %s", self.number, verdict_line(request, answer))
@@ -1701,7 +1701,7 @@ def log_handler(config: Config) -> tuple[logging.Handler, str]:
 
 def make_store(config: Config) -> SQLiteStore | MySQLStore:
     if config.store == "sqlite":
-        return SQLiteStore(config.beside(config.sqlitefile), config.dbtimeout / 2)
+        return SQLiteStore(config.beside(config.sqlitefile), patience=1.0)
     return MySQLStore(config)
 
 
@@ -1748,10 +1748,10 @@ def serve(config: Config) -> int:
     server.stop()
     if not server.drained(SHUTDOWN):
         committer.give_up()
-        server.drained(3 * SHUTDOWN)
-    committer.stop(SHUTDOWN / 4)
+        server.drained(SHUTDOWN)
+    committer.stop(SHUTDOWN / 8)
     log.info("stopped by %s", received)
-    writer.stop(SHUTDOWN / 4)
+    writer.stop(SHUTDOWN / 8)
     return 0
 
 
