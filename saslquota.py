@@ -236,6 +236,7 @@ class Config:
     myuser: str = setting("saslquota", text)
     mypasswd: str = setting("", text)
     mydb: str = setting("saslquota", text)
+    mysslca: str = setting("", text)  # a CA's file: TLS, and the server's certificate is verified
     logfacility: str = setting("mail", one_of(*FACILITIES))
     loglevel: str = setting("INFO", one_of(*LEVELS))
     loghandler: str = setting("syslog", one_of("syslog", "stdout"))
@@ -1055,6 +1056,7 @@ class MySQLStore(Store):
         self._connection: Any = None
         self._cursor: Any = None
         self._error: type[Exception] = StoreError
+        self._suspect = False  # the current host has failed
         self._cluster = False
         self._connector = ""  # which of its two implementations runs
 
@@ -1063,17 +1065,21 @@ class MySQLStore(Store):
         return f"MySQL {self._config.mydb} on {where}"
 
     def open(self, deadline: float = float("inf")) -> None:
-        """Connect to the first host that takes sends, beginning with the last that did."""
+        """Connect to the first host that takes sends, beginning with the last that did unless it
+        has failed."""
         self.close()
         connector = load_connector()
         self._error = connector.Error
         self._connector = "C extension" if connector.HAVE_CEXT else "pure Python"
+        if self._suspect:
+            self._hosts.rotate(-1)
         failures: list[str] = []
         for _ in range(len(self._hosts)):
             if failures and time.monotonic() + self.patience > deadline:
                 break
             try:
                 self._connect(connector, self._hosts[0])
+                self._suspect = False
                 log.info("connected: %s, connector: %s", self, self._connector)
                 return
             except (self._error, StoreError, OSError) as error:
@@ -1087,8 +1093,13 @@ class MySQLStore(Store):
         where: dict[str, Any] = {"unix_socket": name.removeprefix("unix:")}
         if not name.startswith("unix:"):
             where = dict(zip(("host", "port"), split_host(name, config.myport) or (), strict=True))
+        tls: dict[str, Any] = {}
+        if config.mysslca:
+            ca = str(config.beside(config.mysslca))
+            tls = {"ssl_ca": ca, "ssl_verify_cert": True, "ssl_verify_identity": True}
         self._connection = connector.connect(
             **where,
+            **tls,
             user=config.myuser,
             password=config.mypasswd,
             database=config.mydb,
@@ -1158,8 +1169,10 @@ class MySQLStore(Store):
             self._cursor.execute(self._write(sql, values) if values else sql)
             return self._cursor.fetchall() if self._cursor.with_rows else []
         except (self._error, OSError) as error:
-            kind = Conflict if getattr(error, "errno", None) in self.CONFLICTS else Unavailable
-            raise kind(str(error)) from error
+            if getattr(error, "errno", None) in self.CONFLICTS:
+                raise Conflict(str(error)) from error
+            self._suspect = True
+            raise Unavailable(str(error)) from error
 
     def _each(self, sql: str, many: Sequence[Sequence[int | str]]) -> list[Any]:
         """In one statement: a round trip may be long."""
@@ -1726,6 +1739,20 @@ def check(config: Config) -> int:
     return status
 
 
+def risks(config: Config) -> list[str]:
+    """What an administrator should know about this set-up."""
+    found = []
+    if os.geteuid() == 0:
+        found.append("running as root: an unprivileged user suffices")
+    mode = config.path.stat().st_mode
+    if config.mypasswd and config.store == "mysql" and mode & stat.S_IROTH:
+        found.append(f"{config.path} holds a password and is readable by everybody: chmod o-r")
+    loopback = config.bind in ("localhost", "::1") or config.bind.startswith(("127.", "unix:"))
+    if not loopback and not config.allow:
+        found.append(f"_bind {config.bind} is open to other machines: set _allow")
+    return found
+
+
 def serve(config: Config) -> int:
     """Run the daemon until a signal ends it. Raises ConfigError for what cannot be started."""
     threading.stack_size(512 * 1024)
@@ -1742,6 +1769,8 @@ def serve(config: Config) -> int:
         print(line, flush=True)
         if not writer.on_stdout:
             log.info("%s", line)
+    for risk in risks(config):
+        log.warning("%s", risk)
     committer.start()
     threading.Thread(target=server.serve_forever, args=[0.1], daemon=True).start()
     received = wait_for_signal(rules)
