@@ -1,5 +1,6 @@
 """The contract of a Store, over every real one, with one ledger and with several at once."""
 
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -8,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from servers import Database, MariaDB, wait_for
+from servers import ROOT, Database, MariaDB, wait_for
 
 import saslquota
 from saslquota import (
@@ -410,3 +411,83 @@ def test_a_file_that_is_no_database_is_told_and_kept(tmp_path: Path, content: by
     with pytest.raises(Unavailable, match=r"ledger\.db: file is not a database"):
         SQLiteStore(path, 1).open()
     assert path.read_bytes() == content
+
+
+# --- Hosts and TLS --------------------------------------------------------------------------------
+
+
+def test_the_next_host_is_taken_when_one_refuses_to_write(
+    database: Database, new_directory: Callable[[], Path]
+) -> None:
+    with MariaDB(new_directory()) as second:
+        second.create_database()  # for its user
+        table = (ROOT / "mysql.sql").read_text("utf-8")
+        second.sql(f"CREATE DATABASE IF NOT EXISTS {database.name}")
+        second.sql(f"GRANT ALL ON {database.name}.* TO saslquota@'127.0.0.1'")
+        second.sql(table, database.name)
+        hosts = (f"127.0.0.1:{database.port}", f"127.0.0.1:{second.port}")
+        config = mysql_config(database, myhost=hosts)
+        store = MySQLStore(config)
+        ledger = Ledger(store, 30 * DAY)
+        ledger.open()
+        first = store._hosts[0]
+        charge = Charge("a", 1, "", (Window(60, 9),))
+        server = database.server if first == hosts[0] else second
+        server.sql("SET GLOBAL read_only = 1")
+        try:
+            assert ledger.charge([charge], time.monotonic() + 10)[0].accepted
+            assert store._hosts[0] != first
+        finally:
+            server.sql("SET GLOBAL read_only = 0")
+            ledger.close()
+
+
+class TLSMariaDB(MariaDB):
+    """A server whose certificate, for localhost, a CA of the test's own has signed."""
+
+    def command(self) -> Sequence[str | Path]:
+        files = {"ca": "ca.pem", "cert": "server.pem", "key": "server.key"}
+        options = [f"--ssl-{name}={self.directory / file}" for name, file in files.items()]
+        return [*super().command(), *options]
+
+
+def make_certificates(directory: Path, name: str) -> None:
+    """A CA, and a server's certificate for `name` that it has signed."""
+    script = f"""
+        openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=ca -keyout ca.key -out ca.pem
+        openssl req -newkey rsa:2048 -nodes -subj /CN={name} -keyout server.key -out server.csr
+        printf 'subjectAltName=DNS:{name}' > names
+        openssl x509 -req -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 \\
+            -extfile names -out server.pem
+        chmod 644 server.key
+    """
+    subprocess.run(["sh", "-ec", script], cwd=directory, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "ca", "works"),
+    [
+        ("localhost", "ca.pem", True),
+        ("localhost", "other.pem", False),
+        ("db.example.com", "ca.pem", False),
+    ],
+    ids=["verified", "another-authority", "another-name"],
+)
+def test_the_servers_certificate_is_verified(
+    new_directory: Callable[[], Path], name: str, ca: str, works: bool
+) -> None:
+    directory = new_directory()
+    make_certificates(directory, "other.example.com")
+    (directory / "ca.pem").rename(directory / "other.pem")
+    make_certificates(directory, name)
+    with TLSMariaDB(directory) as server:
+        database = server.create_database()
+        changes = {"myhost": ("localhost",), "mysslca": str(directory / ca)}
+        store = MySQLStore(mysql_config(database, **changes))
+        if works:
+            store.open()
+            assert store._run("SHOW STATUS LIKE 'Ssl_cipher'")[0][1]
+            store.close()
+        else:
+            with pytest.raises(Unavailable, match=r"(?i)certificate|SSL"):
+                store.open()

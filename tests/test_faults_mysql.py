@@ -1,0 +1,262 @@
+"""MariaDB breaks under load: nothing lost, nothing twice, nobody over quota, every request answered.
+
+The promises are those of a production machine; SLACK (a second) is added to each, because the tests
+share theirs with the load and the servers.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from conftest import require
+from faults import (
+    DEFERRED,
+    NARROW,
+    OK,
+    REFUSED,
+    RULES,
+    SLACK,
+    WIDE,
+    Load,
+    audit,
+    entries,
+    errors,
+    full,
+    kill_connections,
+    session,
+    small_disk,
+)
+from servers import IS_ROOT, LOOPBACK, ROOT, Daemon, Database, MariaDB, run, wait_for
+
+pytestmark = pytest.mark.slow
+
+Start = Callable[..., Daemon]
+DBTIMEOUT = 2  # seconds: the least that may be configured
+LATEST = DBTIMEOUT + 1  # when the fallback must have come
+RETURN = 2  # seconds, within which sends are counted again
+
+
+@pytest.fixture
+def counting(database: Database, daemon: Start) -> Daemon:
+    """A daemon on the database."""
+    config = {**database.config(), "_dbtimeout": DBTIMEOUT, "_loglevel": "INFO"}
+    return daemon(config, RULES)
+
+
+def audit_all(database: Database, load: Load) -> None:
+    load.assert_answered(LATEST)
+    audit(entries(database), load.accepted())
+    replies = {sample.reply for sample in load.samples}
+    assert REFUSED in replies, "the quota was never reached: the test shows nothing"
+
+
+def test_killed_ten_times(mariadb: MariaDB, database: Database, counting: Daemon) -> None:
+    with Load(counting.port) as load:
+        for _ in range(10):
+            load.wait(OK, 10, 100)
+            mariadb.kill()
+            load.wait(DEFERRED, LATEST + SLACK, 50)
+            mariadb.start()
+            load.counts_within(RETURN)
+    audit_all(database, load)
+    assert "Traceback" not in counting.log()
+
+
+def test_killed_and_back_before_anybody_notices(
+    mariadb: MariaDB, database: Database, counting: Daemon
+) -> None:
+    """Idle connections break, and the first request after that is counted."""
+    with counting.policy() as policy:
+        assert policy.ask(instance="before") == OK
+        mariadb.kill()
+        mariadb.start()
+        assert policy.ask(instance="after") == OK
+    assert [row.instance for row in entries(database)] == ["before", "after"]
+
+
+def test_frozen(mariadb: MariaDB, database: Database, counting: Daemon) -> None:
+    """For 8 s, four times `_dbtimeout`: requests first wait for the deadline, then for nothing."""
+    with Load(counting.port) as load:
+        for _ in range(2):
+            load.wait(OK, 10, 100)
+            frozen = time.monotonic()
+            mariadb.freeze()
+            load.wait(DEFERRED, LATEST + SLACK, 50)
+            noticed = time.monotonic()
+            wait_for(lambda since=frozen: time.monotonic() > since + 8, 10, "8 s")  # type: ignore[misc]
+            thawed = time.monotonic()
+            mariadb.thaw()
+            load.counts_within(RETURN)
+            load.assert_at_once(noticed, thawed)
+    audit_all(database, load)
+
+
+def test_inserts_that_wake_up_make_no_second_row(
+    mariadb: MariaDB, database: Database, counting: Daemon
+) -> None:
+    """Frozen in the middle of INSERTs time and again, shorter and longer than a statement may
+    take: those that the daemon gave up wake, and race with their own repetition."""
+    with Load(counting.port, pause=0.001) as load:
+        for tenths in (3, 8, 12, 16, 12, 8, 3, 12):
+            load.wait(OK, 10, 100)
+            since = time.monotonic()
+            mariadb.freeze()
+            wait_for(lambda t=since + tenths / 10: time.monotonic() > t, 10, "some time")  # type: ignore[misc]
+            mariadb.thaw()
+            load.counts_within(RETURN)
+    audit_all(database, load)
+
+
+def test_a_global_read_lock(mariadb: MariaDB, database: Database, counting: Daemon) -> None:
+    """What backups take; here for 6 s, three times `_dbtimeout`."""
+    with Load(counting.port) as load:
+        load.wait(OK, 10, 100)
+        with session(mariadb) as admin:
+            admin.execute("FLUSH TABLES WITH READ LOCK")
+            locked = time.monotonic()
+            load.wait(DEFERRED, LATEST + SLACK, 50)
+            noticed = time.monotonic()
+            wait_for(lambda: time.monotonic() > locked + 6, 10, "6 s")
+            unlocked = time.monotonic()
+            admin.execute("UNLOCK TABLES")
+            load.counts_within(RETURN)
+        load.assert_at_once(noticed, unlocked)
+    audit_all(database, load)
+
+
+def test_one_senders_rows_are_locked(
+    mariadb: MariaDB, database: Database, counting: Daemon
+) -> None:
+    """By somebody's transaction, for 5 s. Nobody waits too long, and it passes."""
+    with Load(counting.port) as load:
+        load.wait(OK, 10, 200)
+        with session(mariadb, database.name) as admin:
+            admin.execute("BEGIN")
+            admin.execute(f"SELECT COUNT(*) FROM sends WHERE account = '{WIDE[0]}' FOR UPDATE")
+            admin.fetchall()
+            locked = time.monotonic()
+            wait_for(lambda: time.monotonic() > locked + 5, 10, "5 s")
+            admin.execute("ROLLBACK")
+            load.counts_within(RETURN)
+    audit_all(database, load)
+
+
+def test_too_many_connections(mariadb: MariaDB, database: Database, counting: Daemon) -> None:
+    before = mariadb.sql("SELECT @@max_connections")
+    with Load(counting.port) as load, ExitStack() as stack:
+        stack.callback(mariadb.sql, f"SET GLOBAL max_connections = {before}")
+        load.wait(OK, 10, 100)
+        mariadb.sql("SET GLOBAL max_connections = 10")
+        with ExitStack() as others:
+            for _ in range(10):
+                others.enter_context(session(mariadb))
+            kill_connections(database)
+            load.wait(DEFERRED, LATEST + SLACK, 50)
+            assert errors(counting, "are not counted.*1040.*Too many connections")
+        load.counts_within(RETURN)
+    audit_all(database, load)
+
+
+def test_connections_dropped_in_mid_query(
+    mariadb: MariaDB, database: Database, counting: Daemon
+) -> None:
+    """Nobody is told: the next connection answers."""
+    with Load(counting.port) as load:
+        for _ in range(30):
+            load.wait(OK, 10, 20)
+            kill_connections(database)
+    audit_all(database, load)
+    assert DEFERRED not in {sample.reply for sample in load.samples}
+
+
+def test_a_read_only_server(mariadb: MariaDB, database: Database, counting: Daemon) -> None:
+    with Load(counting.port) as load, ExitStack() as stack:
+        stack.callback(mariadb.sql, "SET GLOBAL read_only = 0")
+        load.wait(OK, 10, 100)
+        mariadb.sql("SET GLOBAL read_only = 1")
+        load.wait(DEFERRED, LATEST + SLACK, 50)
+        assert errors(counting, "are not counted.*1290.*read-only")
+        mariadb.sql("SET GLOBAL read_only = 0")
+        load.counts_within(RETURN)
+    audit_all(database, load)
+
+
+def test_a_wrong_password(mariadb: MariaDB, database: Database, counting: Daemon) -> None:
+    def alter(password: str) -> None:
+        for host in ("localhost", LOOPBACK):
+            mariadb.sql(f"ALTER USER {database.user}@'{host}' IDENTIFIED BY '{password}'")
+
+    with Load(counting.port) as load, ExitStack() as stack:
+        stack.callback(alter, database.password)
+        load.wait(OK, 10, 100)
+        alter("another")
+        kill_connections(database)
+        load.wait(DEFERRED, LATEST + SLACK, 50)
+        assert errors(counting, "are not counted.*1045.*check _myuser and _mypasswd")
+        alter(database.password)
+        load.counts_within(RETURN)
+    audit_all(database, load)
+
+
+def test_a_missing_table(database: Database, counting: Daemon) -> None:
+    with Load(counting.port) as load:
+        load.wait(OK, 10, 100)
+        database.sql("DROP TABLE sends")
+        load.wait(DEFERRED, LATEST + SLACK, 50)
+        assert errors(counting, f"are not counted.*1146.*run mysql {database.name} < mysql.sql")
+        imported = time.monotonic()
+        database.sql((ROOT / "mysql.sql").read_text("utf-8"))
+        load.counts_within(RETURN)
+    load.assert_answered(LATEST)
+    audit(entries(database), [s for s in load.accepted() if s.began > imported])
+
+
+class SmallMariaDB(MariaDB):
+    """A server whose log leaves most of a small disk to the tables."""
+
+    def command(self) -> list[str | Path]:
+        return [*super().command(), "--innodb-log-file-size=8M"]
+
+
+@pytest.fixture
+def disk(new_directory: Callable[[], Path]) -> Iterator[Path]:
+    require("mount", root=True)
+    with small_disk(new_directory(), 200) as path:
+        yield path
+
+
+def test_a_full_disk(disk: Path, daemon: Start) -> None:
+    require("mariadbd", "mariadb-install-db", "mariadb")
+    with SmallMariaDB(disk) as server:
+        database = server.create_database()
+        config = {**database.config(), "_dbtimeout": DBTIMEOUT, "_loglevel": "INFO"}
+        counting = daemon(config, RULES)
+        with Load(counting.port, pause=0.001) as load:
+            load.wait(OK, 10, 100)
+            with full(disk):
+                load.wait(DEFERRED, 60, 50)
+                assert errors(counting, "are not counted.*(1114|1030|1026|3).*")
+            if not server.running:
+                server.start()
+            load.counts_within(RETURN)
+        audit_all(database, load)
+
+
+def test_the_daemon_is_killed(database: Database, counting: Daemon) -> None:
+    """Whoever was told OK is in the ledger; Postfix's connections come back."""
+    with Load(counting.port) as load:
+        for _ in range(5):
+            load.wait(OK, 10, 200)
+            counting.kill9()
+            counting.start()
+            load.counts_within(RETURN)
+    audit(entries(database), load.accepted())
+    assert None in {sample.reply for sample in load.samples}
+    assert REFUSED in {sample.reply for sample in load.samples}
+
+
+assert IS_ROOT or True
+assert NARROW
+assert run

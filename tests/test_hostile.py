@@ -1,0 +1,413 @@
+"""Hostile clients: whatever some connections do, the others are served as if they were not there.
+
+Each hostility is taken up and dropped again a few times. The other clients' replies are timed with
+and without it, in turn, so that a noisy machine slows down both; afterwards the daemon must have
+as many threads and descriptors as before, and no more memory than after the first time.
+"""
+
+import os
+import random
+import re
+import resource
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from servers import LOOPBACK, Daemon, Policy, wait_for
+from test_server import SMALL, WHOLE, connected, is_closed, told
+
+Start = Callable[..., Daemon]
+Address = tuple[str, int] | str
+Hostility = Callable[[], AbstractContextManager[object]]
+
+ROUNDS = 3
+ASKED = 250  # by the others, with and without the hostility, in each round
+TIMES = 3  # slower than without: the others' p99
+FLOOR = 0.05  # seconds that are slow on no machine
+SLACK = 16 * 1024  # KiB: what the allocator may keep without a leak
+MANY = {"default": {"period": 3600, "msgquota": 10**6, "msg": "no"}}
+MANY |= {"thief@example.com": {"period": 3600, "msgquota": 10, "msg": "over quota"}}
+QUIET = {"_loglevel": "INFO", "_maxconnections": 5000}
+
+
+@pytest.fixture(autouse=True)
+def _descriptors() -> Iterator[None]:
+    """The clients are ours."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit[1], limit[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+
+
+class Others:
+    """Clients as Postfix is one: they ask, and take the reply. Their senders are not over quota."""
+
+    def __init__(self, address: Address, number: int = 4) -> None:
+        self._policies = [connected(address) for _ in range(number)]
+        self.ask(100)
+
+    def ask(self, times: int) -> list[float]:
+        """Ask so often, in turn; return the seconds that each reply took."""
+        seconds = []
+        for count in range(times):
+            block = Policy.block(sasl_username=f"user{random.randrange(500)}@example.com")
+            start = time.monotonic()
+            policy = self._policies[count % len(self._policies)]
+            policy.send(block)
+            assert policy.reply() == "OK"
+            seconds.append(time.monotonic() - start)
+        return seconds
+
+    def __enter__(self) -> "Others":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for policy in self._policies:
+            policy.close()
+
+
+class Footprint(NamedTuple):
+    threads: int
+    descriptors: int
+    memory: int  # KiB
+
+    @classmethod
+    def of(cls, daemon: Daemon) -> "Footprint":
+        status = Path(f"/proc/{daemon.pid}/status").read_text()
+        found = dict(re.findall(r"(Threads|VmRSS):\s+(\d+)", status))
+        descriptors = len(os.listdir(f"/proc/{daemon.pid}/fd"))
+        return cls(int(found["Threads"]), descriptors, int(found["VmRSS"]))
+
+
+def p99(seconds: list[float]) -> float:
+    return sorted(seconds)[len(seconds) * 99 // 100]
+
+
+def settled(daemon: Daemon, before: Footprint) -> Footprint:
+    """What the daemon takes once it has as many threads and descriptors as before."""
+
+    def back() -> Footprint | None:
+        now = Footprint.of(daemon)
+        return now if now[:2] == before[:2] else None
+
+    try:
+        return wait_for(back, 20, "threads and descriptors are back")  # type: ignore[return-value]
+    except AssertionError:
+        raise AssertionError(f"before {before}, afterwards {Footprint.of(daemon)}") from None
+
+
+def assert_unharmed(daemon: Daemon, address: Address, hostility: Hostility) -> None:
+    """The others are as fast with the hostility as without, and it leaves nothing behind."""
+    calm: list[float] = []
+    harmed: list[float] = []
+    footprints = []
+    with Others(address) as others:
+        before = Footprint.of(daemon)
+        for _ in range(ROUNDS):
+            calm += others.ask(ASKED)
+            with hostility():
+                harmed += others.ask(ASKED)
+            footprints.append(settled(daemon, before))
+    memory = [footprint.memory for footprint in footprints]
+    print(f"p99 {p99(calm) * 1e3:.1f} ms, harmed {p99(harmed) * 1e3:.1f} ms;", before, memory)
+    assert p99(harmed) <= max(TIMES * p99(calm), FLOOR)
+    assert memory[-1] <= memory[0] + SLACK
+    assert "Traceback" not in daemon.log()
+
+
+def tcp(daemon: Daemon) -> Address:
+    return LOOPBACK, daemon.port
+
+
+@contextmanager
+def in_background(work: Callable[[], object]) -> Iterator[None]:
+    """Do it again and again, until the end of the block."""
+    stop = threading.Event()
+    errors: list[BaseException] = []
+
+    def loop() -> None:
+        try:
+            while not stop.is_set():
+                work()
+        except (OSError, AssertionError) as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(30)
+    assert not thread.is_alive()
+    if errors:
+        raise errors[0]
+
+
+@contextmanager
+def many(number: int, address: Address) -> Iterator[list[Policy]]:
+    with ExitStack() as stack:
+        yield [stack.enter_context(connected(address)) for _ in range(number)]
+
+
+# --- Connections ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_thousand_connections(daemon: Start) -> None:
+    running = daemon(QUIET, MANY)
+    address = tcp(running)
+
+    @contextmanager
+    def open_all() -> Iterator[None]:
+        with many(2000, address) as policies:
+            for policy in policies:
+                policy.send(SMALL)
+            assert {policy.reply() for policy in policies} == {"DUNNO"}
+            yield
+            assert not any(is_closed(policy) for policy in policies)
+
+    assert_unharmed(running, address, open_all)
+
+
+@pytest.mark.slow
+def test_five_hundred_that_say_nothing(daemon: Start) -> None:
+    running = daemon(QUIET, MANY)
+    assert_unharmed(running, tcp(running), lambda: many(500, tcp(running)))
+
+
+@pytest.mark.slow
+def test_five_hundred_that_send_a_byte_a_second(daemon: Start) -> None:
+    running = daemon(QUIET, MANY)
+
+    @contextmanager
+    def drip() -> Iterator[None]:
+        block = Policy.block()
+        with many(500, tcp(running)) as policies:
+            sent = iter(range(10**9))
+
+            def byte() -> None:
+                second, client = divmod(next(sent), 500)
+                policies[client].send(block[second : second + 1])
+                time.sleep(1 / 600)
+
+            with in_background(byte):
+                time.sleep(1)  # by then each has sent one
+                yield
+
+    assert_unharmed(running, tcp(running), drip)
+
+
+@pytest.mark.slow
+def test_two_hundred_that_take_no_reply(daemon: Start, new_directory: Callable[[], Path]) -> None:
+    """Over a Unix socket, whose buffers are full sooner."""
+    path = str(new_directory() / "policy")
+    running = daemon({**QUIET, "_bind": f"unix:{path}"}, MANY)
+
+    @contextmanager
+    def choke() -> Iterator[None]:
+        with many(200, path) as policies:
+            for policy in policies:
+                policy._socket.setblocking(False)
+            full: set[Policy] = set()
+            while len(full) < len(policies):  # for as long as any takes more within 0.2 s
+                ready = select.select([], [p._socket for p in policies], [], 0.2)[1]
+                full = {policy for policy in policies if policy._socket not in ready}
+                for policy in set(policies) - full:
+                    with suppress(BlockingIOError):
+                        while True:
+                            policy._socket.send(WHOLE * 50)
+            yield
+
+    assert_unharmed(running, path, choke)
+
+
+@pytest.mark.slow
+def test_more_connections_than_are_allowed(daemon: Start) -> None:
+    """The others ask all the time: they are never those that were idle longest."""
+    running = daemon({**QUIET, "_maxconnections": 100}, MANY)
+
+    @contextmanager
+    def churn() -> Iterator[None]:
+        with ExitStack() as stack:
+            policies: list[Policy] = []
+
+            def one_more() -> None:
+                policies.append(stack.enter_context(connected(tcp(running))))
+                if len(policies) > 300:
+                    policies.pop(0).close()
+                time.sleep(0.003)
+
+            with in_background(one_more):
+                wait_for(lambda: len(policies) > 120, 10, "more than are allowed")
+                yield
+
+    assert_unharmed(running, tcp(running), churn)
+    assert "_maxconnections" in running.log()
+
+
+@pytest.mark.slow
+def test_descriptors_are_used_up(daemon: Start) -> None:
+    running = daemon(QUIET, MANY)
+    warm = Others(tcp(running))
+    limit = len(os.listdir(f"/proc/{running.pid}/fd")) + 30
+    resource.prlimit(running.pid, resource.RLIMIT_NOFILE, (limit, limit))
+
+    @contextmanager
+    def use_up() -> Iterator[None]:
+        with many(100, tcp(running)) as policies:
+            wait_for(lambda: is_closed(policies[0]), 10, "room is made")
+            yield
+
+    with warm:
+        assert_unharmed(running, tcp(running), use_up)
+
+
+def test_silent_connections_make_room_first(daemon: Start) -> None:
+    """Whoever has never asked anything makes room before a client of Postfix's that only pauses."""
+    running = daemon({**QUIET, "_maxconnections": 20}, MANY)
+    with running.policy() as pausing:
+        assert pausing.ask() == "OK"
+        with many(100, tcp(running)):
+            told(running, "_maxconnections")
+            with running.policy() as last:
+                assert last.ask() == "OK"
+            assert not is_closed(pausing)
+            assert pausing.ask() == "OK"
+
+
+def test_changed_rules_are_read_when_descriptors_are_free_again(daemon: Start) -> None:
+    """That they could not be read when they changed must not make the daemon miss the change."""
+    running = daemon(QUIET, {"default": {"period": 60, "msgquota": 1, "msg": "old"}})
+    with running.policy() as policy:
+        assert policy.ask() == "OK"
+        hard = resource.prlimit(running.pid, resource.RLIMIT_NOFILE)
+        used = max(int(name) for name in os.listdir(f"/proc/{running.pid}/fd")) + 1
+        resource.prlimit(running.pid, resource.RLIMIT_NOFILE, (used, hard[1]))
+        running.write_rules({"default": {"period": 60, "msgquota": 1, "msg": "new"}})
+        told(running, "rules not read")
+        resource.prlimit(running.pid, resource.RLIMIT_NOFILE, hard)
+        told(running, "rules read again")
+        assert policy.ask() == "REJECT new"
+
+
+# --- Input ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_megabyte_without_a_newline(daemon: Start) -> None:
+    running = daemon(QUIET, MANY)
+
+    def megabyte() -> None:
+        with running.policy() as policy, suppress(ConnectionError):
+            policy.send(b"x" * (1 << 20))
+            assert policy.at_end()
+        time.sleep(0.005)
+
+    assert_unharmed(running, tcp(running), lambda: in_background(megabyte))
+    assert "malformed input" in running.log()
+
+
+@pytest.mark.slow
+def test_the_longest_requests(daemon: Start) -> None:
+    """As many attributes as are allowed, in as many bytes as are allowed, byte by byte or not."""
+    running = daemon(QUIET, MANY)
+    filled = b"".join(b"%03d=%s\n" % (n, b"x" * 250) for n in range(250))
+    longest = b"request=smtpd_access_policy\nprotocol_state=VRFY\n" + filled + b"\n"
+    policy = running.policy()
+
+    def ask() -> None:
+        policy.send(longest)
+        assert policy.reply() == "DUNNO"
+
+    with policy:
+        assert_unharmed(running, tcp(running), lambda: in_background(ask))
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_requests_in_one_connection(daemon: Start) -> None:
+    """In one stream, from a stolen account: each is answered, ten with OK."""
+    number = 100_000
+    running = daemon({**QUIET, "_loglevel": "ERROR"}, MANY)
+    calm: list[float] = []
+    harmed: list[float] = []
+    block = Policy.block(sasl_username="thief@example.com")
+    with Others(tcp(running)) as others:
+        before = Footprint.of(running)
+        calm += others.ask(ASKED)
+        with running.policy() as thief:
+
+            def send() -> None:
+                for _ in range(number // 100):
+                    thief.send(block * 100)
+
+            taken: dict[str, int] = {}
+
+            def take() -> None:
+                for _ in range(number):
+                    reply = thief.reply()
+                    taken[reply] = taken.get(reply, 0) + 1
+
+            threads = [threading.Thread(target=work) for work in (send, take)]
+            for thread in threads:
+                thread.start()
+            while any(thread.is_alive() for thread in threads):
+                harmed += others.ask(20)
+        calm += others.ask(ASKED)
+        after = settled(running, before)
+    assert taken == {"OK": 10, "REJECT over quota": number - 10}
+    print(f"p99 {p99(calm) * 1e3:.1f} ms, harmed {p99(harmed) * 1e3:.1f} ms;", before, after)
+    assert p99(harmed) <= max(TIMES * p99(calm), FLOOR)
+    assert after.memory <= before.memory + SLACK
+
+
+# --- The log --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_stuck_syslog_slows_nobody(daemon: Start, new_directory: Callable[[], Path]) -> None:
+    """Nor one that is gone: each round begins with one that reads, and ends without any."""
+    path = str(new_directory() / "log")
+    config = {"_loghandler": "syslog", "_logaddress": path, "_loglevel": "DEBUG"}
+    calm: list[float] = []
+    stuck: list[float] = []
+    gone: list[float] = []
+    with ExitStack() as stack:
+        syslog = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        syslog.bind(path)
+        running = daemon(config, MANY)
+        others = stack.enter_context(Others(tcp(running)))
+        for _ in range(ROUNDS):
+            with in_background(lambda: select.select([syslog], [], [], 0.1)[0] and syslog.recv(9999)):
+                calm += others.ask(ASKED)
+            stuck += others.ask(2 * ASKED)
+            syslog.close()
+            Path(path).unlink()
+            gone += others.ask(ASKED)
+            syslog = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+            syslog.bind(path)
+    for harmed in (stuck, gone):
+        assert p99(harmed) <= max(TIMES * p99(calm), FLOOR)
+
+
+def test_a_stuck_syslog_takes_no_memory(daemon: Start, new_directory: Callable[[], Path]) -> None:
+    """However long the lines are that wait for it."""
+    path = str(new_directory() / "log")
+    config = {"_loghandler": "syslog", "_logaddress": path, "_loglevel": "INFO"}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as syslog:
+        syslog.bind(path)
+        running = daemon(config, MANY)
+        with running.policy() as policy:
+            for _ in range(50):
+                assert policy.ask(recipient="x" * 60_000) == "OK"
+            before = Footprint.of(running)
+            for _ in range(2000):
+                assert policy.ask(recipient="x" * 60_000) == "OK"
+            after = Footprint.of(running)
+    assert after.memory < before.memory + 2 * SLACK
