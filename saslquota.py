@@ -479,31 +479,29 @@ def parse_request(block: bytes) -> Request:
     Only \\n ends a line and only the first = ends a name: a value may hold anything else
     (SMTPD_POLICY_README, "Protocol description").
     """
-    lines = block.split(b"\n")
+    lines = block.decode("utf-8", "surrogateescape").split("\n")
     if len(lines) > MAX_ATTRIBUTES:
         raise ProtocolError(f"more than {MAX_ATTRIBUTES} attributes")
-    pairs = [line.split(b"=", 1) for line in lines]
     try:
-        attributes = {name: value for name, value in pairs}  # noqa: C416 - a short pair must fail
+        attributes = {name: value for name, value in [line.split("=", 1) for line in lines]}  # noqa: C416 - a line without = must fail
     except ValueError:
         raise ProtocolError("a line without =") from None
-    if attributes.get(b"request") != b"smtpd_access_policy":
+    get = attributes.get
+    if get("request") != "smtpd_access_policy":
         raise ProtocolError("no request=smtpd_access_policy")
-    count = attributes.get(b"recipient_count") or b"0"
-    if not count.isdigit() or len(count) > 7 or int(count) > MAX_RECIPIENTS:
+    count = get("recipient_count") or "0"
+    if not (
+        count.isascii() and count.isdigit() and len(count) <= 7 and int(count) <= MAX_RECIPIENTS
+    ):
         raise ProtocolError("recipient_count is no number of recipients")
-
-    def get(name: bytes) -> str:
-        return attributes.get(name, b"").decode("utf-8", "surrogateescape")
-
     return Request(
-        get(b"protocol_state"),
-        get(b"sasl_username"),
-        get(b"sender"),
-        get(b"recipient"),
+        get("protocol_state", ""),
+        get("sasl_username", ""),
+        get("sender", ""),
+        get("recipient", ""),
         int(count),
-        get(b"client_address"),
-        get(b"instance"),
+        get("client_address", ""),
+        get("instance", ""),
         len(block) + 2,
     )
 
@@ -861,8 +859,8 @@ class Store:
         """The database's time in microseconds since 1970, UTC."""
         raise NotImplementedError
 
-    def _run(self, sql: str, values: Sequence[int | str] = ()) -> list[Any]:
-        """Run a statement with a value for each `?`; return its rows."""
+    def _run(self, sql: str, values: Sequence[int | str] = (), *, fetch: bool = True) -> list[Any]:
+        """Run a statement with a value for each `?`; return its rows, if it may have some."""
         raise NotImplementedError
 
     def _each(self, sql: str, many: Sequence[Sequence[int | str]]) -> list[Any]:
@@ -898,7 +896,7 @@ class Store:
             row = f"(?, ?, ?, {self.TIME}, ?, ?, ?, ?)"
             values = [value for row in rows for value in row]
             insert = f"INSERT INTO sends ({COLUMNS}) VALUES " + ", ".join([row] * len(rows))
-            self._run(insert, values)
+            self._run(insert, values, fetch=False)
         if self._locked:
             self._run("COMMIT")
             self._locked = False
@@ -991,7 +989,7 @@ class SQLiteStore(Store):
             raise Unavailable(f"{self._path}: {error.strerror}") from None
         return time.time_ns() // 1000
 
-    def _run(self, sql: str, values: Sequence[int | str] = ()) -> list[Any]:
+    def _run(self, sql: str, values: Sequence[int | str] = (), *, fetch: bool = True) -> list[Any]:
         if not self._connection:
             raise Unavailable("not connected")
         try:
@@ -1156,17 +1154,21 @@ class MySQLStore(Store):
     def _write(sql: str, values: Sequence[int | str]) -> str:
         """The statement with its values as literals. Texts go as hexadecimal: there is nothing to
         escape, whatever the server's sql_mode."""
-        literals = (
-            f"_utf8mb4 x'{value.encode().hex()}'" if isinstance(value, str) else str(value)
+        literals = [
+            f"_utf8mb4 x'{value.encode().hex()}'" if type(value) is str else value
             for value in values
-        )
+        ]
         return sql.replace("?", "%s") % tuple(literals)
 
-    def _run(self, sql: str, values: Sequence[int | str] = ()) -> list[Any]:
+    def _run(self, sql: str, values: Sequence[int | str] = (), *, fetch: bool = True) -> list[Any]:
         if not self._connection:
             raise Unavailable("not connected")
         try:
-            self._cursor.execute(self._write(sql, values) if values else sql)
+            statement = self._write(sql, values) if values else sql
+            if not fetch:  # spares what a cursor does around it
+                self._connection.cmd_query(statement)
+                return []
+            self._cursor.execute(statement)
             return self._cursor.fetchall() if self._cursor.with_rows else []
         except (self._error, OSError) as error:
             if getattr(error, "errno", None) in self.CONFLICTS:

@@ -13,7 +13,6 @@ import pytest
 from conftest import require
 from faults import (
     DEFERRED,
-    NARROW,
     OK,
     REFUSED,
     RULES,
@@ -28,7 +27,7 @@ from faults import (
     session,
     small_disk,
 )
-from servers import IS_ROOT, LOOPBACK, ROOT, Daemon, Database, MariaDB, run, wait_for
+from servers import LOOPBACK, ROOT, Daemon, Database, MariaDB, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -43,6 +42,12 @@ def counting(database: Database, daemon: Start) -> Daemon:
     """A daemon on the database."""
     config = {**database.config(), "_dbtimeout": DBTIMEOUT, "_loglevel": "INFO"}
     return daemon(config, RULES)
+
+
+def pause(seconds: float) -> None:
+    """Let the fault last."""
+    end = time.monotonic() + seconds
+    wait_for(lambda: time.monotonic() > end, seconds + 10, "some time")
 
 
 def audit_all(database: Database, load: Load) -> None:
@@ -70,6 +75,7 @@ def test_killed_and_back_before_anybody_notices(
     """Idle connections break, and the first request after that is counted."""
     with counting.policy() as policy:
         assert policy.ask(instance="before") == OK
+        pause(0.5)  # the purge at the start is through
         mariadb.kill()
         mariadb.start()
         assert policy.ask(instance="after") == OK
@@ -77,15 +83,14 @@ def test_killed_and_back_before_anybody_notices(
 
 
 def test_frozen(mariadb: MariaDB, database: Database, counting: Daemon) -> None:
-    """For 8 s, four times `_dbtimeout`: requests first wait for the deadline, then for nothing."""
+    """For some 8 s, four times `_dbtimeout`: requests first wait for the deadline, then for nothing."""
     with Load(counting.port) as load:
         for _ in range(2):
             load.wait(OK, 10, 100)
-            frozen = time.monotonic()
             mariadb.freeze()
             load.wait(DEFERRED, LATEST + SLACK, 50)
             noticed = time.monotonic()
-            wait_for(lambda since=frozen: time.monotonic() > since + 8, 10, "8 s")  # type: ignore[misc]
+            pause(6)
             thawed = time.monotonic()
             mariadb.thaw()
             load.counts_within(RETURN)
@@ -101,24 +106,22 @@ def test_inserts_that_wake_up_make_no_second_row(
     with Load(counting.port, pause=0.001) as load:
         for tenths in (3, 8, 12, 16, 12, 8, 3, 12):
             load.wait(OK, 10, 100)
-            since = time.monotonic()
             mariadb.freeze()
-            wait_for(lambda t=since + tenths / 10: time.monotonic() > t, 10, "some time")  # type: ignore[misc]
+            pause(tenths / 10)
             mariadb.thaw()
             load.counts_within(RETURN)
     audit_all(database, load)
 
 
 def test_a_global_read_lock(mariadb: MariaDB, database: Database, counting: Daemon) -> None:
-    """What backups take; here for 6 s, three times `_dbtimeout`."""
+    """What backups take; here for some 6 s, three times `_dbtimeout`."""
     with Load(counting.port) as load:
         load.wait(OK, 10, 100)
         with session(mariadb) as admin:
             admin.execute("FLUSH TABLES WITH READ LOCK")
-            locked = time.monotonic()
             load.wait(DEFERRED, LATEST + SLACK, 50)
             noticed = time.monotonic()
-            wait_for(lambda: time.monotonic() > locked + 6, 10, "6 s")
+            pause(4)
             unlocked = time.monotonic()
             admin.execute("UNLOCK TABLES")
             load.counts_within(RETURN)
@@ -136,8 +139,7 @@ def test_one_senders_rows_are_locked(
             admin.execute("BEGIN")
             admin.execute(f"SELECT COUNT(*) FROM sends WHERE account = '{WIDE[0]}' FOR UPDATE")
             admin.fetchall()
-            locked = time.monotonic()
-            wait_for(lambda: time.monotonic() > locked + 5, 10, "5 s")
+            pause(5)
             admin.execute("ROLLBACK")
             load.counts_within(RETURN)
     audit_all(database, load)
@@ -255,8 +257,3 @@ def test_the_daemon_is_killed(database: Database, counting: Daemon) -> None:
     audit(entries(database), load.accepted())
     assert None in {sample.reply for sample in load.samples}
     assert REFUSED in {sample.reply for sample in load.samples}
-
-
-assert IS_ROOT or True
-assert NARROW
-assert run
