@@ -859,8 +859,8 @@ class Store:
         """The database's time in microseconds since 1970, UTC."""
         raise NotImplementedError
 
-    def _run(self, sql: str, values: Sequence[int | str] = (), *, fetch: bool = True) -> list[Any]:
-        """Run a statement with a value for each `?`; return its rows, if it may have some."""
+    def _run(self, sql: str, values: Sequence[int | str] = ()) -> list[Any]:
+        """Run a statement with a value for each `?`; return its rows."""
         raise NotImplementedError
 
     def _each(self, sql: str, many: Sequence[Sequence[int | str]]) -> list[Any]:
@@ -896,7 +896,7 @@ class Store:
             row = f"(?, ?, ?, {self.TIME}, ?, ?, ?, ?)"
             values = [value for row in rows for value in row]
             insert = f"INSERT INTO sends ({COLUMNS}) VALUES " + ", ".join([row] * len(rows))
-            self._run(insert, values, fetch=False)
+            self._run(insert, values)
         if self._locked:
             self._run("COMMIT")
             self._locked = False
@@ -989,7 +989,7 @@ class SQLiteStore(Store):
             raise Unavailable(f"{self._path}: {error.strerror}") from None
         return time.time_ns() // 1000
 
-    def _run(self, sql: str, values: Sequence[int | str] = (), *, fetch: bool = True) -> list[Any]:
+    def _run(self, sql: str, values: Sequence[int | str] = ()) -> list[Any]:
         if not self._connection:
             raise Unavailable("not connected")
         try:
@@ -1160,12 +1160,12 @@ class MySQLStore(Store):
         ]
         return sql.replace("?", "%s") % tuple(literals)
 
-    def _run(self, sql: str, values: Sequence[int | str] = (), *, fetch: bool = True) -> list[Any]:
+    def _run(self, sql: str, values: Sequence[int | str] = ()) -> list[Any]:
         if not self._connection:
             raise Unavailable("not connected")
         try:
             statement = self._write(sql, values) if values else sql
-            if not fetch:  # spares what a cursor does around it
+            if sql.startswith("INSERT"):  # no rows: spare what a cursor does around it
                 self._connection.cmd_query(statement)
                 return []
             self._cursor.execute(statement)
@@ -1179,6 +1179,18 @@ class MySQLStore(Store):
     def _each(self, sql: str, many: Sequence[Sequence[int | str]]) -> list[Any]:
         """In one statement: a round trip may be long."""
         return self._run(" UNION ALL ".join(f"({self._write(sql, values)})" for values in many))
+
+    def heads(self, accounts: Sequence[str], *, lock: bool) -> list[Any]:
+        if lock:
+            return super().heads(accounts, lock=True)
+        # A join with a list of names takes the server a third less time than a UNION of SELECTs.
+        names = " UNION ALL ".join(["SELECT ? AS account"] * len(accounts))
+        newest = "SELECT seq FROM sends AS n WHERE n.account = a.account ORDER BY seq DESC LIMIT 1"
+        return self._run(
+            f"SELECT s.account, s.seq, s.epoch, {self.AT}, s.total FROM ({names}) AS a"
+            f" STRAIGHT_JOIN sends AS s ON s.account = a.account AND s.seq = ({newest})",
+            accounts,
+        )
 
     def tokens(self, rows: Sequence[Row]) -> set[int]:
         if self._cluster:  # on Galera another node's commit may be on its way still

@@ -1,0 +1,288 @@
+"""The embedded ledger, the rules file and the clock break under load: every request is answered,
+the log names the trouble, and counting goes on as soon as it can."""
+
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+
+import pytest
+from conftest import require
+from faults import (
+    DEFERRED,
+    NARROW,
+    OK,
+    REFUSED,
+    RULES,
+    SLACK,
+    WIDE,
+    Load,
+    Unprivileged,
+    audit,
+    entries,
+    full,
+    pause,
+    small_disk,
+    wait_for_log,
+)
+from servers import IS_ROOT, Daemon, wait_for
+
+pytestmark = pytest.mark.slow
+
+Start = Callable[..., Daemon]
+DBTIMEOUT = 2
+LATEST = DBTIMEOUT + 1
+RETURN = 2
+CONFIG = {"_dbtimeout": DBTIMEOUT, "_loglevel": "INFO"}
+
+
+@pytest.fixture
+def counting(daemon: Start) -> Daemon:
+    """A daemon with a ledger of its own."""
+    return daemon(CONFIG, RULES)
+
+
+def ledger(running: Daemon) -> Path:
+    return running.directory / "saslquota.db"
+
+
+def audit_all(running: Daemon, load: Load) -> None:
+    load.assert_answered(LATEST)
+    audit(entries(ledger(running)), load.accepted())
+    assert "Traceback" not in running.log()
+
+
+# --- The daemon -----------------------------------------------------------------------------------
+
+
+def test_the_daemon_is_killed(counting: Daemon) -> None:
+    with Load(counting.port) as load:
+        for _ in range(5):
+            load.wait(OK, 10, 200)
+            counting.kill9()
+            counting.start()
+            load.counts_within(RETURN)
+    audit(entries(ledger(counting)), load.accepted())
+    assert None in {sample.reply for sample in load.samples}
+
+
+# --- The file -------------------------------------------------------------------------------------
+
+
+def test_the_file_is_deleted(counting: Daemon) -> None:
+    """Its sends are gone, which nobody can mend; within a second it counts in a new one."""
+    path = ledger(counting)
+    with Load(counting.port) as load:
+        load.wait(OK, 10, 100)
+        for suffix in ("", "-wal", "-shm"):
+            Path(f"{path}{suffix}").unlink()
+        wait_for(path.exists, RETURN + SLACK, "a new file")
+        noticed = time.monotonic()
+        load.counts_within(RETURN)
+    load.assert_answered(LATEST)
+    audit(entries(path), [sample for sample in load.accepted() if sample.began > noticed])
+    wait_for_log(counting, f"{path}: No such file or directory")
+
+
+def test_the_file_is_replaced_by_a_backup(counting: Daemon) -> None:
+    path, backup = ledger(counting), counting.directory / "backup"
+    with Load(counting.port) as load:
+        load.wait(OK, 10, 100)
+        with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(backup)) as copy:
+            source.backup(copy)
+        load.wait(OK, 10, 100)
+        for suffix in ("-wal", "-shm"):
+            Path(f"{path}{suffix}").unlink()
+        backup.replace(path)
+        wait_for(Path(f"{path}-wal").exists, RETURN + SLACK, "the copy is in use")
+        noticed = time.monotonic()
+        load.counts_within(RETURN)
+    load.assert_answered(LATEST)
+    audit(entries(path), [sample for sample in load.accepted() if sample.began > noticed])
+    wait_for_log(counting, f"{path}: replaced by another file")
+
+
+def test_the_file_is_locked_for_long(counting: Daemon) -> None:
+    with Load(counting.port) as load:
+        load.wait(OK, 10, 100)
+        with closing(sqlite3.connect(ledger(counting), isolation_level=None)) as other:
+            other.execute("PRAGMA busy_timeout = 10000")
+            other.execute("BEGIN IMMEDIATE")
+            load.wait(DEFERRED, LATEST + SLACK, 50)
+            noticed = time.monotonic()
+            wait_for_log(counting, "are not counted")
+            pause(4)
+            unlocked = time.monotonic()
+            other.execute("ROLLBACK")
+            load.counts_within(RETURN)
+        load.assert_at_once(noticed, unlocked)
+    audit_all(counting, load)
+
+
+def test_the_file_is_locked_for_a_moment(counting: Daemon) -> None:
+    """For less than a decision may take: nobody is told."""
+    with Load(counting.port) as load:
+        for _ in range(5):
+            load.wait(OK, 10, 100)
+            with closing(sqlite3.connect(ledger(counting), isolation_level=None)) as other:
+                other.execute("PRAGMA busy_timeout = 10000")
+                other.execute("BEGIN IMMEDIATE")
+                pause(0.5)
+                other.execute("ROLLBACK")
+        load.counts_within(RETURN)
+    audit_all(counting, load)
+    assert DEFERRED not in {sample.reply for sample in load.samples}
+
+
+def overwrite_the_middle(path: Path) -> None:
+    size = path.stat().st_size
+    with path.open("r+b") as stream:
+        stream.seek(4096)
+        stream.write(os.urandom(size - 4096))
+
+
+def cut_in_half(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2 + 100)
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def overwrite_the_beginning(path: Path) -> None:
+    with path.open("r+b") as stream:
+        stream.write(os.urandom(4096))
+
+
+@pytest.mark.parametrize(
+    "corrupt", [overwrite_the_middle, overwrite_the_beginning, cut_in_half, empty]
+)
+def test_the_file_is_corrupted(counting: Daemon, corrupt: Callable[[Path], None]) -> None:
+    """The daemon lives and answers; the log says so, at a restart at the latest; once the broken
+    file is out of the way it counts in a new one."""
+    path = ledger(counting)
+    with Load(counting.port) as load:
+        load.wait(OK, 10, 500)
+        with closing(sqlite3.connect(path)) as other, suppress(sqlite3.Error):
+            other.execute("PRAGMA wal_checkpoint(FULL)")  # the file itself holds something
+        corrupt(path)
+        load.wait(OK, 5, 1) if corrupt is None else pause(2)
+        assert counting.running
+        counting.kill9()
+        Path(f"{path}-wal").unlink(missing_ok=True)  # else SQLite mends the file out of it
+        corrupt(path)
+        counting.start()
+        if corrupt is not empty:  # which is how every ledger begins
+            load.wait(DEFERRED, LATEST + SLACK, 50)
+            wait_for_log(counting, r"are not counted.*(malformed|not a database|disk I/O error)")
+            path.rename(path.with_suffix(".broken"))
+        noticed = time.monotonic()
+        load.counts_within(RETURN)
+    audit(entries(path), [sample for sample in load.accepted() if sample.began > noticed + 1])
+    assert {s.reply for s in load.samples} <= {OK, REFUSED, DEFERRED, None}
+    assert max(s.took for s in load.samples) < LATEST + SLACK
+    assert "Traceback" not in counting.log()
+
+
+@pytest.fixture
+def disk(new_directory: Callable[[], Path]) -> Iterator[Path]:
+    require("mount", root=True)
+    with small_disk(new_directory(), 20) as path:
+        yield path
+
+
+def test_a_full_disk(disk: Path, daemon: Start) -> None:
+    path = disk / "saslquota.db"
+    counting = daemon({**CONFIG, "_sqlitefile": str(path)}, RULES)
+    with Load(counting.port) as load:
+        for _ in range(2):
+            load.wait(OK, 10, 100)
+            with full(disk):
+                load.wait(DEFERRED, 30, 50)
+                wait_for_log(counting, "are not counted.*(full|disk I/O error)")
+                pause(1)
+            load.counts_within(RETURN)
+    load.assert_answered(LATEST)
+    audit(entries(path), load.accepted())
+    assert "Traceback" not in counting.log()
+
+
+def test_a_file_that_may_not_be_written(new_directory: Callable[[], Path]) -> None:
+    require("setpriv") if IS_ROOT else None
+    counting = Unprivileged(new_directory(), CONFIG, RULES)
+    path = ledger(counting)
+    path.touch()
+    path.chmod(0o444)
+    with counting, Load(counting.port) as load:
+        load.wait(DEFERRED, LATEST + SLACK, 50)
+        wait_for_log(counting, f"are not counted.*{path}.*readonly")
+        path.chmod(0o666)
+        load.counts_within(RETURN)
+    audit_all(counting, load)
+
+
+def test_a_directory_that_may_not_be_written(new_directory: Callable[[], Path]) -> None:
+    require("setpriv") if IS_ROOT else None
+    elsewhere = new_directory()
+    elsewhere.chmod(0o555)
+    path = elsewhere / "ledger.db"
+    counting = Unprivileged(new_directory(), {**CONFIG, "_sqlitefile": str(path)}, RULES)
+    with counting, Load(counting.port) as load:
+        load.wait(DEFERRED, LATEST + SLACK, 50)
+        wait_for_log(counting, f"are not counted.*{path}: unable to open")
+        elsewhere.chmod(0o777)
+        load.counts_within(RETURN)
+    load.assert_answered(LATEST)
+    audit(entries(path), load.accepted())
+
+
+# --- The rules ------------------------------------------------------------------------------------
+
+
+def test_the_rules_file_breaks(new_directory: Callable[[], Path]) -> None:
+    """In every way, as a daemon that is not root meets it; the rules in force stay."""
+    require("setpriv") if IS_ROOT else None
+    counting = Unprivileged(new_directory(), CONFIG, RULES)
+    path = counting.directory / "quotarules.json"
+    good = path.read_text("utf-8")
+    aside = path.with_suffix(".aside")
+
+    def directory() -> None:
+        path.rename(aside)
+        path.mkdir()
+
+    breakages: list[tuple[Callable[[], object], str]] = [
+        (lambda: path.write_text(good[: len(good) // 2], "utf-8"), "not JSON"),
+        (lambda: path.write_text("", "utf-8"), "not JSON"),
+        (lambda: path.write_text("{}", "utf-8"), '"default" is missing'),
+        (lambda: path.write_bytes(b"\xff\xfe\x00"), "not UTF-8"),
+        (lambda: (path.write_text(good, "utf-8"), path.chmod(0)), "Permission denied"),
+        (path.unlink, "No such file"),
+        (directory, "Is a directory"),
+    ]
+    with counting, Load(counting.port) as load:
+        for breakage, complaint in breakages:
+            load.wait(OK, 10, 50)
+            breakage()
+            wait_for_log(counting, f"ERROR.*{complaint}|rules not read.*{complaint}")
+            load.wait(REFUSED, 10, 20)
+            if path.is_dir():
+                path.rmdir()
+            path.unlink(missing_ok=True)
+            path.write_text(good, "utf-8")
+            path.chmod(0o644)
+        before = counting.log().count("rules read again")
+        for _ in range(3):  # replaced, as editors do
+            aside.write_text(good + "\n", "utf-8")
+            aside.chmod(0o644)
+            aside.replace(path)
+        wait_for(lambda: counting.log().count("rules read again") > before, 5, "the rules are read")
+        load.counts_within(RETURN)
+    audit_all(counting, load)
+    assert DEFERRED not in {sample.reply for sample in load.samples}
+
+
+assert NARROW
+assert WIDE

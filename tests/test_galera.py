@@ -1,0 +1,146 @@
+"""Three daemons on the three nodes of a real Galera cluster: together they never let one too many
+through, whichever node is killed or frozen."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from conftest import require
+from faults import (
+    DEFERRED,
+    LIBGALERA,
+    OK,
+    REFUSED,
+    SLACK,
+    Entry,
+    Galera,
+    Load,
+    audit,
+    entries,
+    errors,
+    libfaketime,
+    set_clock,
+)
+from servers import Daemon, Database, wait_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+Start = Callable[..., Daemon]
+DBTIMEOUT = 5
+SENDERS = tuple(f"shared{n}@example.com" for n in range(4))
+
+
+@pytest.fixture(scope="module")
+def galera(new_directory: Callable[[], Path]) -> Iterator[Galera]:
+    require("mariadbd", "mariadb-install-db", "mariadb", "rsync")
+    if not LIBGALERA.exists():
+        pytest.skip("not installed: galera-4")
+    with Galera(new_directory) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def shared(galera: Galera) -> Database:
+    """A fresh database on all nodes, all of which are up."""
+    for node in galera.nodes:
+        if node.running:
+            node.thaw()
+        else:
+            node.start()
+    galera.wait_for_size(3)
+    return galera.create_database()
+
+
+def three_daemons(
+    galera: Galera, shared: Database, daemon: Start, period: int, quota: int
+) -> list[Daemon]:
+    rules = {"default": {"period": period, "msgquota": quota, "msg": "over quota"}}
+    config = {**shared.config(), "_dbtimeout": DBTIMEOUT, "_loglevel": "INFO"}
+    return [daemon({**config, "_myhost": galera.hosts(n)}, rules) for n in range(3)]
+
+
+def assert_same_everywhere(galera: Galera, shared: Database) -> Sequence[Entry]:
+    """All nodes hold the same rows, which are returned."""
+    rows = entries(shared)
+    for node in galera.nodes[1:]:
+        other = Database(node, shared.name, shared.host, node.port, shared.user, shared.password)
+        wait_for(lambda o=other: entries(o) == rows, 20, "the same rows on all nodes")  # type: ignore[misc]
+    return rows
+
+
+def use_up(daemons: Sequence[Daemon]) -> list[str]:
+    """Ask every daemon for every sender until all say no; return the instances let through."""
+    accepted = []
+    for number, running in enumerate(daemons):
+        with running.policy() as policy:
+            for sender in SENDERS:
+                count = 0
+                while (
+                    reply := policy.ask(sasl_username=sender, instance=f"{number}.{sender}.{count}")
+                ) != REFUSED:
+                    if reply == OK:
+                        accepted.append(f"{number}.{sender}.{count}")
+                    count += 1
+    return accepted
+
+
+def test_a_node_is_killed_and_comes_back(galera: Galera, shared: Database, daemon: Start) -> None:
+    quota = 1500
+    daemons = three_daemons(galera, shared, daemon, 3600, quota)
+    ports = [running.port for running in daemons]
+    with Load(ports, SENDERS, connections=9, pause=0.02) as load:
+        load.wait(OK, 20, 100)
+        for victim in (galera.nodes[1], galera.nodes[0]):
+            victim.kill()
+            load.wait(OK, 20, 100)
+            victim.start()
+            galera.wait_for_size(3)
+            load.wait(OK, 20, 100)
+        assert REFUSED not in {sample.reply for sample in load.samples}, "the quota came too early"
+    accepted = use_up(daemons)
+    load.assert_answered(DBTIMEOUT + 1)
+    rows = assert_same_everywhere(galera, shared)
+    audit(rows, load.accepted(), lambda _: (3600, quota))
+    assert set(accepted) <= {row.instance for row in rows}
+    assert len(rows) == quota * len(SENDERS), "exactly the quota"
+    given_up = len(rows) - len(accepted) - len(load.accepted())
+    assert 0 <= given_up <= sum(s.reply == DEFERRED for s in load.samples)
+
+
+def test_a_node_is_frozen(galera: Galera, shared: Database, daemon: Start) -> None:
+    """The others drop it after a while; when it wakes it joins them again, and its daemons'
+    INSERTs, which it still holds, do no harm."""
+    quota = 1500
+    daemons = three_daemons(galera, shared, daemon, 3600, quota)
+    ports = [running.port for running in daemons]
+    with Load(ports, SENDERS, connections=9, pause=0.02) as load:
+        load.wait(OK, 20, 100)
+        for victim in (galera.nodes[2], galera.nodes[0]):
+            victim.freeze()
+            frozen = time.monotonic()
+            wait_for(lambda t=frozen: time.monotonic() > t + 4, 10, "4 s")  # type: ignore[misc]
+            for running in daemons:  # also the daemon whose node it was
+                wait_for(
+                    lambda p=running.port: _counts(p),  # type: ignore[misc]
+                    DBTIMEOUT + 3,
+                    "each daemon counts",
+                )
+            victim.thaw()
+            galera.wait_for_size(3)
+            load.wait(OK, 20, 100)
+        assert REFUSED not in {sample.reply for sample in load.samples}, "the quota came too early"
+    accepted = use_up(daemons)
+    load.assert_answered(DBTIMEOUT + 1)
+    rows = assert_same_everywhere(galera, shared)
+    ours = [row for row in rows if row.account in SENDERS]
+    audit(ours, load.accepted(), lambda _: (3600, quota))
+    assert set(accepted) <= {row.instance for row in ours}
+    assert len(ours) == quota * len(SENDERS), "exactly the quota"
+
+
+def _counts(port: int) -> bool:
+    from servers import Policy
+
+    with Policy(port) as policy:
+        return policy.ask(sasl_username="probe@example.com", instance="") == OK
