@@ -563,6 +563,7 @@ class Verdict(NamedTuple):
     accepted: bool
     used: int
     window: Window
+    until: float = 0.0  # monotonic seconds; a refusal may be repeated so long without a look
 
 
 class Row(NamedTuple):
@@ -740,16 +741,21 @@ class Ledger:
         rows.sort()  # by account: two daemons lock rows in the same order
         return rows, verdicts
 
-    @staticmethod
-    def _judge(charge: Charge, account: Account, at: int) -> Verdict:
+    def _judge(self, charge: Charge, account: Account, at: int) -> Verdict:
         used = 0
         for window in charge.windows:
             found = account.used(window.period, at)
             assert found is not None, "_refresh has read what was unknown"
             used = found
             if used + charge.recipients > window.msgquota:
-                return Verdict(False, used, window)
+                return Verdict(False, used, window, self._until(account, window, at))
         return Verdict(True, used + charge.recipients, window)
+
+    def _until(self, account: Account, window: Window, at: int) -> float:
+        """A reset shall be noticed within a second, and the first send that leaves at once."""
+        rows = account.spans[window.period].rows
+        leaves = (rows[0][0] - at) / 1e6 + window.period if rows else CLOCK_TRUST
+        return min(account.read + CLOCK_TRUST, self._monotonic() + leaves)
 
     def _refresh(self, charges: Sequence[Charge], *, locked: bool) -> int:
         """Read what the decision lacks; return its now, in microseconds."""
@@ -1230,6 +1236,7 @@ class Committer(threading.Thread):
         self._timeout = timeout  # seconds until a decision falls back
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._down = False  # known to be: nobody waits for it
+        self._refused: dict[str, tuple[Charge, Verdict]] = {}  # by account
         self._batch: Sequence[Job] = ()  # what the ledger is at work on
         self._at_work = threading.Lock()  # whoever holds it uses the ledger
         self._wanted = False  # the committer has a batch and waits for the lock
@@ -1243,6 +1250,11 @@ class Committer(threading.Thread):
         """The ledger's verdict; None when there is none in time, or the store is down."""
         if self._down:
             return None
+        if refusal := self._refused.get(charge.account):
+            before, verdict = refusal
+            alike = charge.windows is before.windows and charge.recipients >= before.recipients
+            if alike and time.monotonic() < verdict.until:
+                return verdict
         job = Job(charge, time.monotonic() + self._timeout, queue.SimpleQueue())
         if not self._wanted and self._at_work.acquire(blocking=False):
             try:  # nobody is at work: to wake another thread would take longer than the work
@@ -1315,7 +1327,15 @@ class Committer(threading.Thread):
         except Exception as error:  # noqa: BLE001 - no bug may end the thread all wait for
             self._fail(error)
         for job, verdict in zip(jobs, verdicts, strict=True):
+            if verdict and not verdict.accepted:
+                self._remember(job.charge, verdict)
             job.mailbox.put(verdict)
+
+    def _remember(self, charge: Charge, refusal: Verdict) -> None:
+        """A stolen account asks thousands of times: spare the ledger its next refusals."""
+        if len(self._refused) >= CACHED_ACCOUNTS:
+            self._refused.clear()
+        self._refused[charge.account] = (charge, refusal)
 
     def _chore(self) -> None:
         """Purge a little, or try to open a store that was down."""

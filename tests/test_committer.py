@@ -1,0 +1,177 @@
+"""The committer: what its callers get, beside a real SQLite ledger."""
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from servers import wait_for
+
+from saslquota import Charge, Committer, Ledger, SQLiteStore, Verdict, Window
+
+DAY = 86_400
+HOUR = (Window(3600, 2),)
+
+
+@contextmanager
+def running(path: Path, timeout: float = 10) -> Iterator[Committer]:
+    committer = Committer(Ledger(SQLiteStore(path, 1), 30 * DAY), timeout)
+    committer.start()
+    try:
+        yield committer
+    finally:
+        committer.stop(10)
+        assert not committer.is_alive()
+
+
+@pytest.fixture
+def committer(tmp_path: Path) -> Iterator[Committer]:
+    with running(tmp_path / "ledger.db") as started:
+        yield started
+
+
+def ask(committer: Committer, windows: tuple[Window, ...] = HOUR, n: int = 1) -> Verdict:
+    verdict = committer.submit(Charge("a", n, "", windows))
+    assert verdict
+    return verdict
+
+
+def test_a_refusal_is_repeated_without_the_ledger(
+    committer: Committer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [ask(committer).accepted for _ in range(3)] == [True, True, False]
+    monkeypatch.setattr(committer._ledger, "charge", pytest.fail)
+    until = ask(committer).until
+    assert ask(committer) == ask(committer, n=5)
+    assert time.monotonic() < until <= time.monotonic() + 1
+
+
+def test_a_smaller_charge_is_not_refused_for_a_larger_one(committer: Committer) -> None:
+    assert not ask(committer, n=3).accepted
+    assert ask(committer, n=2).accepted
+
+
+def test_another_rule_ends_the_refusals(committer: Committer) -> None:
+    assert [ask(committer).accepted for _ in range(3)] == [True, True, False]
+    assert ask(committer, (Window(3600, 3),)).accepted
+
+
+def test_a_refusal_ends_when_the_oldest_send_leaves(committer: Committer) -> None:
+    windows = (Window(1, 1),)
+    assert ask(committer, windows).accepted
+    start = time.monotonic()
+    wait_for(lambda: ask(committer, windows).accepted, 10, "the window slides")
+    assert time.monotonic() - start > 0.99
+
+
+def test_another_daemons_reset_ends_the_refusals(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    with running(path) as committer:
+        assert [ask(committer).accepted for _ in range(3)] == [True, True, False]
+        store = SQLiteStore(path, 1)
+        store.open()
+        store._run(
+            "INSERT INTO sends SELECT account, seq + 1, epoch + 1, at, 0, 0, 'reset', 0"
+            " FROM sends ORDER BY seq DESC LIMIT 1"
+        )
+        store.close()
+        wait_for(lambda: ask(committer).accepted, 5, "the reset is noticed")
+
+
+def test_whoever_waits_when_it_gives_up_gets_the_fallback(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    with running(path, timeout=30) as committer, ThreadPoolExecutor(3) as pool:
+        ask(committer)
+        locker = SQLiteStore(path, 1)
+        locker.open()
+        locker._run("BEGIN IMMEDIATE")
+        waiting = [
+            pool.submit(committer.submit, Charge(name, 1, "", HOUR)) for name in ("b", "c", "d")
+        ]
+        wait_for(lambda: committer._at_work.locked(), 5, "the ledger is at work")
+        committer.give_up()
+        assert [future.result(10) for future in waiting] == [None] * 3
+        locker._run("ROLLBACK")
+        locker.close()
+
+
+def test_a_bug_in_the_ledger_costs_only_fallbacks(
+    committer: Committer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask(committer)
+
+    def broken(*_: object) -> list[Verdict]:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(committer._ledger, "charge", broken)
+        assert committer.submit(Charge("b", 1, "", HOUR)) is None
+        assert committer.submit(Charge("b", 1, "", HOUR)) is None
+    assert committer.is_alive()
+    wait_for(lambda: committer.submit(Charge("b", 1, "", HOUR)), 10, "it counts again")
+
+
+def test_a_batch_forms_while_another_is_under_way(
+    committer: Committer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    charge, batches, go_on = committer._ledger.charge, list[int](), threading.Event()
+
+    def slow(charges: list[Charge], deadline: float) -> list[Verdict]:
+        batches.append(len(charges))
+        assert go_on.wait(10)
+        return charge(charges, deadline)
+
+    ask(committer)
+    monkeypatch.setattr(committer._ledger, "charge", slow)
+    with ThreadPoolExecutor(21) as pool:
+        first = pool.submit(committer.submit, Charge("b", 1, "", HOUR))
+        wait_for(lambda: batches, 5, "the first is under way")
+        charges = [Charge(f"user{n}", 1, "", HOUR) for n in range(20)]
+        others = [pool.submit(committer.submit, one) for one in charges]
+        wait_for(lambda: committer._jobs.qsize() >= 19, 5, "the others wait")
+        go_on.set()
+        assert all(future.result(10) for future in [first, *others])
+    assert batches == [1, 20]
+
+
+def test_nobody_waits_for_a_store_that_is_known_to_be_down(tmp_path: Path) -> None:
+    committer = Committer(Ledger(SQLiteStore(tmp_path / "none" / "x.db", 1), 30 * DAY), 30)
+    committer.start()
+    assert committer.submit(Charge("a", 1, "", HOUR)) is None
+    start = time.monotonic()
+    assert [committer.submit(Charge("a", 1, "", HOUR)) for _ in range(100)] == [None] * 100
+    assert time.monotonic() - start < 5
+    (tmp_path / "none").mkdir()
+    wait_for(lambda: committer.submit(Charge("a", 1, "", HOUR)), 10, "the store is there")
+    committer.stop(10)
+
+
+def test_a_purge_goes_on_beside_the_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("saslquota.PURGE_PAUSE", 0.01)
+    path = tmp_path / "ledger.db"
+    ledger = Ledger(SQLiteStore(path, 1), 1)
+    windows = (Window(1, 10_000),)
+    for _ in range(3):
+        ledger.charge([Charge("a", 1, "", windows)] * 400, time.monotonic() + 10)
+    ledger.close()
+    committer = Committer(Ledger(SQLiteStore(path, 1), 1), 10)
+    committer.start()
+    store = SQLiteStore(path, 1)
+    store.open()
+
+    def left() -> int:
+        return int(store._run("SELECT COUNT(*) FROM sends WHERE account = 'a'")[0][0])
+
+    def worked() -> bool:
+        assert committer.submit(Charge("b", 1, "", windows))
+        committer._due = 0.0  # the next purge is due
+        return left() < 1000
+
+    wait_for(worked, 20, "old sends are purged")
+    committer.stop(10)
+    store.close()
