@@ -1227,8 +1227,9 @@ class Job(NamedTuple):
 
 
 class Committer(threading.Thread):
-    """The one thread that uses the ledger. Whatever arrives while it commits becomes its next
-    batch; it waits for nothing else."""
+    """Lets one thread at a time use the ledger. A request that finds it free is committed by its own
+    thread. Whatever arrives meanwhile becomes the committer's next batch, which waits for nothing
+    else: the busier it is, the larger the batches."""
 
     def __init__(self, ledger: Ledger, timeout: float) -> None:
         super().__init__(name="committer", daemon=True)
@@ -1291,31 +1292,24 @@ class Committer(threading.Thread):
 
     def run(self) -> None:
         while not self._stopping:
-            first: list[Job | None] = []
+            jobs: list[Job | None] = []
             with contextlib.suppress(queue.Empty):
-                first = [self._jobs.get(timeout=max(0.0, min(RETRY, self._due - time.monotonic())))]
+                pause = min(RETRY, self._due - time.monotonic())
+                jobs.append(self._jobs.get(timeout=max(0.0, pause)))
             self._wanted = True
             with self._at_work:
-                self._serve(self._take(first))
+                with contextlib.suppress(queue.Empty):
+                    while len(jobs) < MAX_BATCH:
+                        jobs.append(self._jobs.get_nowait())
+                self._serve([job for job in jobs if job])
                 if time.monotonic() >= self._due:
                     self._chore()
             self._wanted = False
+            self._stopping = self._stopping or None in jobs
         self._ledger.close()
 
-    def _take(self, first: Sequence[Job | None]) -> list[Job]:
-        """All jobs that wait."""
-        jobs: list[Job] = []
-        with contextlib.suppress(queue.Empty):
-            job = first[0] if first else self._jobs.get_nowait()
-            while job is not None:
-                jobs.append(job)
-                if len(jobs) == MAX_BATCH:
-                    return jobs
-                job = self._jobs.get_nowait()
-            self._stopping = True
-        return jobs
-
     def _serve(self, jobs: Sequence[Job]) -> None:
+        """Charge a batch and tell each job its verdict. The lock is held."""
         now = time.monotonic()
         jobs = self._batch = [job for job in jobs if job.deadline > now]  # else given up already
         verdicts: Sequence[Verdict | None] = [None] * len(jobs)

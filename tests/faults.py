@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import sqlite3
-import subprocess
 import sys
 import threading
 import time
@@ -20,12 +19,10 @@ from typing import Any, ClassVar, NamedTuple, Self
 from servers import (
     IS_ROOT,
     LOOPBACK,
-    ROOT,
     Daemon,
     Database,
     MariaDB,
     Policy,
-    clean_environment,
     copy_shipped,
     free_port,
     run,
@@ -139,12 +136,13 @@ class Load:
         for thread in self._threads:
             thread.join(70)
 
-    def wait(self, reply: str, timeout: float, number: int = 1, after: float | None = None) -> float:
+    def wait(
+        self, reply: str, timeout: float, number: int = 1, after: float | None = None
+    ) -> float:
         """Wait for so many such replies to requests that begin after now, or after another moment;
         return the seconds that this took."""
         start = time.monotonic() if after is None else after
         seen, found = len(self.samples) if after is None else 0, 0
-        times = f"{number} x {reply}"
 
         def arrived() -> bool:
             nonlocal seen, found
@@ -153,7 +151,11 @@ class Load:
             found += sum(s.reply == reply and s.began >= start for s in fresh)
             return found >= number
 
-        wait_for(arrived, timeout, f"{times} (got {Counter(s.reply for s in self.samples[-200:])})")
+        try:
+            wait_for(arrived, timeout, f"{number} x {reply}")
+        except AssertionError as error:
+            got = Counter(sample.reply for sample in self.samples if sample.ended >= start)
+            raise AssertionError(f"{error}; got {got}") from None
         return time.monotonic() - start
 
     def counts_within(self, seconds: float) -> None:
@@ -161,6 +163,7 @@ class Load:
         took = self.wait(OK, seconds + SLACK + 5)
         assert took <= seconds + SLACK, f"it took {took:.2f} s until sends were counted again"
         self.wait(OK, 5, 50)
+        self.wait(REFUSED, 10, 20)  # and the quota holds
 
     def accepted(self) -> list[Sample]:
         return [sample for sample in self.samples if sample.reply == OK]
@@ -168,6 +171,17 @@ class Load:
     def between(self, start: float, end: float) -> list[Sample]:
         """The requests that began in that time."""
         return [sample for sample in self.samples if start <= sample.began < end]
+
+    def longest_wait(self) -> float:
+        """The longest time that any sender was not let through, in seconds."""
+        accounts = {sample.account for sample in self.samples}
+        times = [[s.ended for s in self.accepted() if s.account == a] for a in accounts]
+        ends = max(sample.ended for sample in self.samples)
+        return max(
+            later - earlier
+            for account in times
+            for earlier, later in itertools.pairwise([*sorted(account), ends])
+        )
 
     def assert_answered(self, seconds: float) -> None:
         """Every request got one of our replies, and none waited longer."""
@@ -263,14 +277,17 @@ def session(server: MariaDB, database: str = "") -> Iterator[Any]:
             connection.close()
 
 
-def kill_connections(database: Database) -> None:
+def kill_connections(admin: Any, database: Database) -> None:
     """Break every connection of the daemons' to the database, also in the middle of a query."""
-    ids = database.server.sql(
+    import mysql.connector
+
+    admin.execute(
         "SELECT id FROM information_schema.processlist"
         f" WHERE user = '{database.user}' AND db = '{database.name}'"
-    ).split()
-    for number in ids:  # one by one: it may have ended meanwhile
-        database.server._client(f"KILL {number}")
+    )
+    for (number,) in admin.fetchall():
+        with suppress(mysql.connector.Error):  # it may have ended meanwhile
+            admin.execute(f"KILL {number}")
 
 
 @contextmanager
@@ -312,8 +329,9 @@ class Unprivileged(Daemon):
 
     def command(self) -> Sequence[str | Path]:
         drop = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
-        python = os.path.realpath(sys.executable)
-        command = [python, self.directory / "saslquota.py", "-c", self.config_file]
+        python = os.path.realpath(sys.executable)  # outside the virtual environment
+        command: list[str | Path] = [python, self.directory / "saslquota.py"]
+        command += ["-c", self.config_file]
         return [*drop, *command] if IS_ROOT else command
 
 
@@ -455,8 +473,7 @@ def faked_clock(offset: Path) -> dict[str, str]:
         "FAKETIME_TIMESTAMP_FILE": str(offset),
         "FAKETIME_NO_CACHE": "1",
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-        "DONT_FAKE_MONOTONIC": "1",
-        "FAKETIME_DONT_RESET": "1",
+        "DONT_FAKE_MONOTONIC": "1",  # the older name
     }
 
 
@@ -466,6 +483,30 @@ def set_clock(offset: Path, seconds: int) -> None:
     new.write_text(f"{seconds:+d}\n", "utf-8")
     new.chmod(0o644)
     new.replace(offset)
+
+
+CLOCK_RULES: Mapping[str, object] = {
+    "default": {"period": 2, "msgquota": 60, "msg": "over quota"},
+}
+
+
+def set_clock_under_load(offset: Path, load: Load) -> None:
+    """Ahead by 4 s, back, back by 4 s more, and 5 minutes ahead: each time until it is at rest."""
+    load.wait(REFUSED, 10, 20)
+    for seconds in (4, 0, -4, 300):
+        set_clock(offset, seconds)
+        pause(1.5)  # until the clock is read
+        load.wait(OK, 4 + 2 + SLACK, 20)
+        load.wait(REFUSED, 10, 20)
+
+
+def audit_clocked(rows: Sequence[Entry], load: Load) -> None:
+    """Never over quota by the ledger's own times; nobody locked out for longer than the quota's
+    period, the difference of the clocks, and the second in which a clock may be trusted."""
+    audit(rows, load.accepted(), lambda _: (2, 60))
+    load.assert_answered(SLACK)
+    assert load.longest_wait() <= 2 + 4 + 1 + SLACK
+    assert rows[-1].at > time.time_ns() // 1000 + 250 * SECOND, "the clock was not faked"
 
 
 class ClockedDaemon(Daemon):
@@ -492,9 +533,22 @@ class ClockedMariaDB(MariaDB):
         return super().environment() | faked_clock(self.clock)
 
 
-def errors(daemon: Daemon, pattern: str) -> list[str]:
-    """The lines of the daemon's log that match."""
-    return [line for line in daemon.log().splitlines() if re.search(pattern, line)]
+def wait_for_log(daemon: Daemon, pattern: str) -> None:
+    """Wait until the daemon has logged a line that matches."""
+    told = [""]
+
+    def is_told() -> bool:
+        told[0] = daemon.log()
+        return re.search(pattern, told[0]) is not None
+
+    try:
+        wait_for(is_told, 5, f"a log line with {pattern}")
+    except AssertionError:
+        plain = [line for line in told[0].splitlines() if "sasl_username=" not in line]
+        raise AssertionError(f"no log line with {pattern}:\n" + "\n".join(plain)) from None
 
 
-__all__ = [name for name in globals() if not name.startswith("_")]
+def pause(seconds: float) -> None:
+    """Let a fault last."""
+    end = time.monotonic() + seconds
+    wait_for(lambda: time.monotonic() > end, seconds + 10, "some time")

@@ -11,19 +11,23 @@ from pathlib import Path
 import pytest
 from conftest import require
 from faults import (
+    CLOCK_RULES,
     DEFERRED,
     NARROW,
     OK,
     REFUSED,
     RULES,
     SLACK,
-    WIDE,
+    ClockedDaemon,
     Load,
     Unprivileged,
     audit,
+    audit_clocked,
     entries,
     full,
+    libfaketime,
     pause,
+    set_clock_under_load,
     small_disk,
     wait_for_log,
 )
@@ -168,7 +172,7 @@ def test_the_file_is_corrupted(counting: Daemon, corrupt: Callable[[Path], None]
         with closing(sqlite3.connect(path)) as other, suppress(sqlite3.Error):
             other.execute("PRAGMA wal_checkpoint(FULL)")  # the file itself holds something
         corrupt(path)
-        load.wait(OK, 5, 1) if corrupt is None else pause(2)
+        pause(2)
         assert counting.running
         counting.kill9()
         Path(f"{path}-wal").unlink(missing_ok=True)  # else SQLite mends the file out of it
@@ -249,6 +253,10 @@ def test_the_rules_file_breaks(new_directory: Callable[[], Path]) -> None:
     good = path.read_text("utf-8")
     aside = path.with_suffix(".aside")
 
+    def unreadable() -> None:
+        path.write_text(good + " ", "utf-8")
+        path.chmod(0)
+
     def directory() -> None:
         path.rename(aside)
         path.mkdir()
@@ -258,7 +266,7 @@ def test_the_rules_file_breaks(new_directory: Callable[[], Path]) -> None:
         (lambda: path.write_text("", "utf-8"), "not JSON"),
         (lambda: path.write_text("{}", "utf-8"), '"default" is missing'),
         (lambda: path.write_bytes(b"\xff\xfe\x00"), "not UTF-8"),
-        (lambda: (path.write_text(good, "utf-8"), path.chmod(0)), "Permission denied"),
+        (unreadable, "Permission denied"),
         (path.unlink, "No such file"),
         (directory, "Is a directory"),
     ]
@@ -284,5 +292,15 @@ def test_the_rules_file_breaks(new_directory: Callable[[], Path]) -> None:
     assert DEFERRED not in {sample.reply for sample in load.samples}
 
 
-assert NARROW
-assert WIDE
+# --- The clock ------------------------------------------------------------------------------------
+
+
+def test_the_daemons_clock_is_set(new_directory: Callable[[], Path]) -> None:
+    if not libfaketime():
+        pytest.skip("not installed: libfaketime")
+    with (
+        ClockedDaemon(new_directory(), CONFIG, CLOCK_RULES) as counting,
+        Load(counting.port, NARROW) as load,
+    ):
+        set_clock_under_load(counting.clock, load)
+    audit_clocked(entries(ledger(counting)), load)

@@ -12,15 +12,11 @@ from faults import (
     LIBGALERA,
     OK,
     REFUSED,
-    SLACK,
     Entry,
     Galera,
     Load,
     audit,
     entries,
-    errors,
-    libfaketime,
-    set_clock,
 )
 from servers import Daemon, Database, wait_for
 
@@ -38,6 +34,13 @@ def galera(new_directory: Callable[[], Path]) -> Iterator[Galera]:
         pytest.skip("not installed: galera-4")
     with Galera(new_directory) as cluster:
         yield cluster
+
+
+@pytest.fixture(autouse=True)
+def dbg(galera, daemon, request):
+    yield
+    for n in galera.nodes:
+        print("=====NODE", n.number, n.log()[-6000:])
 
 
 @pytest.fixture
