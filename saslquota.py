@@ -1227,9 +1227,9 @@ class Job(NamedTuple):
 
 
 class Committer(threading.Thread):
-    """Lets one thread at a time use the ledger. A request that finds it free is committed by its own
-    thread. Whatever arrives meanwhile becomes the committer's next batch, which waits for nothing
-    else: the busier it is, the larger the batches."""
+    """Lets one thread at a time use the ledger. A request that finds it free is committed by its
+    own thread. Whatever arrives meanwhile becomes the committer's next batch, which waits for
+    nothing else: the busier it is, the larger the batches."""
 
     def __init__(self, ledger: Ledger, timeout: float) -> None:
         super().__init__(name="committer", daemon=True)
