@@ -988,11 +988,16 @@ class SQLiteStore(Store):
             self._connection = None
 
     def now(self) -> int:
+        if not self._connection:
+            raise Unavailable("not connected")
+        reason = "replaced by another file"
         try:
-            if self._path.stat().st_ino != self._inode:
-                raise Unavailable(f"{self._path}: replaced by another file")
+            same = self._path.stat().st_ino == self._inode
         except OSError as error:
-            raise Unavailable(f"{self._path}: {error.strerror}") from None
+            same, reason = False, str(error.strerror)
+        if not same:
+            log.error("%s: %s: what was counted in it is lost", self._path, reason)
+            raise Unavailable(f"{self._path}: {reason}")
         return time.time_ns() // 1000
 
     def _run(self, sql: str, values: Sequence[int | str] = ()) -> list[Any]:
@@ -1187,7 +1192,8 @@ class MySQLStore(Store):
         return self._run(" UNION ALL ".join(f"({self._write(sql, values)})" for values in many))
 
     def heads(self, accounts: Sequence[str], *, lock: bool) -> list[Any]:
-        if lock:
+        if lock:  # should this machine vanish now, the server must not keep the locks for hours
+            self._run(f"SET SESSION wait_timeout = {self.patience + 1}")
             return super().heads(accounts, lock=True)
         # A join with a list of names takes the server a third less time than a UNION of SELECTs.
         names = " UNION ALL ".join(["SELECT ? AS account"] * len(accounts))
@@ -1197,6 +1203,12 @@ class MySQLStore(Store):
             f" STRAIGHT_JOIN sends AS s ON s.account = a.account AND s.seq = ({newest})",
             accounts,
         )
+
+    def append(self, rows: Sequence[Row]) -> None:
+        locked = self._locked
+        super().append(rows)
+        if locked:
+            self._run("SET SESSION wait_timeout = DEFAULT")
 
     def tokens(self, rows: Sequence[Row]) -> set[int]:
         if self._cluster:  # on Galera another node's commit may be on its way still

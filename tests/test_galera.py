@@ -12,11 +12,17 @@ from faults import (
     LIBGALERA,
     OK,
     REFUSED,
+    SLACK,
     Entry,
     Galera,
     Load,
+    assert_never_over_quota,
     audit,
     entries,
+    libfaketime,
+    pause,
+    set_clock,
+    wait_for_log,
 )
 from servers import Daemon, Database, wait_for
 
@@ -34,13 +40,6 @@ def galera(new_directory: Callable[[], Path]) -> Iterator[Galera]:
         pytest.skip("not installed: galera-4")
     with Galera(new_directory) as cluster:
         yield cluster
-
-
-@pytest.fixture(autouse=True)
-def dbg(galera, daemon, request):
-    yield
-    for n in galera.nodes:
-        print("=====NODE", n.number, n.log()[-6000:])
 
 
 @pytest.fixture
@@ -70,6 +69,15 @@ def assert_same_everywhere(galera: Galera, shared: Database) -> Sequence[Entry]:
         other = Database(node, shared.name, shared.host, node.port, shared.user, shared.password)
         wait_for(lambda o=other: entries(o) == rows, 20, "the same rows on all nodes")  # type: ignore[misc]
     return rows
+
+
+def wait_until_it_counts(running: Daemon) -> None:
+    with running.policy() as policy:
+        wait_for(
+            lambda: policy.ask(sasl_username="probe@example.com", instance="probe") == OK,
+            DBTIMEOUT + 3,
+            "each daemon counts",
+        )
 
 
 def use_up(daemons: Sequence[Daemon]) -> list[str]:
@@ -121,14 +129,9 @@ def test_a_node_is_frozen(galera: Galera, shared: Database, daemon: Start) -> No
         load.wait(OK, 20, 100)
         for victim in (galera.nodes[2], galera.nodes[0]):
             victim.freeze()
-            frozen = time.monotonic()
-            wait_for(lambda t=frozen: time.monotonic() > t + 4, 10, "4 s")  # type: ignore[misc]
-            for running in daemons:  # also the daemon whose node it was
-                wait_for(
-                    lambda p=running.port: _counts(p),  # type: ignore[misc]
-                    DBTIMEOUT + 3,
-                    "each daemon counts",
-                )
+            pause(6)
+            for running in daemons:  # also the one whose node it was
+                wait_until_it_counts(running)
             victim.thaw()
             galera.wait_for_size(3)
             load.wait(OK, 20, 100)
@@ -142,8 +145,49 @@ def test_a_node_is_frozen(galera: Galera, shared: Database, daemon: Start) -> No
     assert len(ours) == quota * len(SENDERS), "exactly the quota"
 
 
-def _counts(port: int) -> bool:
-    from servers import Policy
+@pytest.fixture
+def clocked(galera: Galera, shared: Database) -> Iterator[Database]:
+    """As `shared`, with clocks that may be set."""
+    if not libfaketime():
+        pytest.skip("not installed: libfaketime")
+    yield shared
+    for node in galera.nodes:
+        set_clock(node.clock, 0)
 
-    with Policy(port) as policy:
-        return policy.ask(sasl_username="probe@example.com", instance="") == OK
+
+def test_clocks_minutes_apart(galera: Galera, clocked: Database, daemon: Start) -> None:
+    """Exact by the ledger's own times, which are those of the clock farthest ahead."""
+    daemons = three_daemons(galera, clocked, daemon, 2, 60)
+    with Load([d.port for d in daemons], SENDERS, connections=9, pause=0.01) as load:
+        load.wait(REFUSED, 20, 20)
+        for offsets in ((0, 240, -180), (240, -180, 0)):
+            for node, seconds in zip(galera.nodes, offsets, strict=True):
+                set_clock(node.clock, seconds)
+            pause(5)
+            load.wait(OK, 20, 100)
+            load.wait(REFUSED, 20, 20)
+    load.assert_answered(DBTIMEOUT + 1)
+    rows = assert_same_everywhere(galera, clocked)
+    audit(rows, load.accepted(), lambda _: (2, 60))
+    wait_for_log(daemons[0], r"a send is dated \d+ s ahead of the clock")
+
+
+def test_nobody_is_locked_out_for_longer_than_the_clocks_differ(
+    galera: Galera, clocked: Database, daemon: Start
+) -> None:
+    """Used up by the daemon whose clock is 6 s ahead, and asked again at another one."""
+    ahead, _, behind = three_daemons(galera, clocked, daemon, 2, 60)
+    set_clock(galera.nodes[0].clock, 6)
+    pause(2.5)  # until the file and then the clock are read
+    use_up([ahead, behind])
+    used_up = time.monotonic()
+    with behind.policy() as policy:
+        wait_for(
+            lambda: all(policy.ask(sasl_username=sender) == OK for sender in SENDERS),
+            20,
+            "all are let in",
+        )
+    assert time.monotonic() - used_up <= 6 + 2 + 1 + 1 + SLACK
+    for sender in SENDERS:
+        rows = [row for row in assert_same_everywhere(galera, clocked) if row.account == sender]
+        assert_never_over_quota(rows, 2, 60)
