@@ -425,6 +425,7 @@ class RulesFile:
         """Raises ConfigError: a daemon does not start with bad rules."""
         self.path = path
         self._retention = retention
+        self._complaint = ""
         self._stamp = self._look()
         self.rules = load_rules(path, retention)
 
@@ -444,8 +445,13 @@ class RulesFile:
         try:
             self.rules = load_rules(self.path, self._retention)
         except ConfigError as error:
-            log.error("rules not read, the old ones stay in force: %s", error)
+            if isinstance(error.__context__, OSError):  # perhaps no descriptor was left: look again
+                self._stamp = None
+            if force or str(error) != self._complaint:
+                log.error("rules not read, the old ones stay in force: %s", error)
+            self._complaint = str(error)
         else:
+            self._complaint = ""
             log.info("rules read again: %s", describe_rules(self.rules))
 
 
@@ -1446,6 +1452,7 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         self._started = time.monotonic()
         self.idle_since: float | None = self._started  # None while a request is under way
         self._deadline: float | None = self._started + self.server.patience
+        self.served = False  # whether it has ever asked; Postfix connects to ask at once
         self.server.handlers.add(self)
         self.request.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         # The kernel bounds the taking of a reply; settimeout() would cost a poll() for each.
@@ -1461,7 +1468,8 @@ class PolicyHandler(socketserver.BaseRequestHandler):
                 answer = self.server.policy.check(request)
                 self.request.sendall(format_reply(answer.action))
                 self._log(request, answer)
-                self.idle_since, self._deadline = time.monotonic(), None
+                self.served, self._deadline = True, None
+                self.idle_since = time.monotonic()
         except ProtocolError as error:
             log.warning("[%d] malformed input, connection closed: %s", self.number, error)
         except (TimeoutError, BlockingIOError):
@@ -1505,7 +1513,7 @@ class PolicyHandler(socketserver.BaseRequestHandler):
                 hint = "; see smtpd_delay_reject" if early else ""
                 log.warning("nothing is counted: %s%s", answer.reason, hint)
         if log.isEnabledFor(level):
-            log.log(level, "[%d] %s", self.number, verdict_line(request, answer))
+            log.log(level, "[%d] %s", self.number, verdict_line(request, answer)[:MAX_LINE])
 
 
 def verdict_line(request: Request, answer: Answer) -> str:
@@ -1518,11 +1526,16 @@ def verdict_line(request: Request, answer: Answer) -> str:
         counted = f"rule={rule.key}, quota {used}/{quota} ({share:.2f}%), period={period}, action="
         counted += "ACCEPT" if verdict.accepted else "REJECT"
         msg = "" if verdict.accepted else f", msg={rule.msg}"
+    login, rcpt, sender = map(field, (request.sasl_username, request.recipient, request.sender))
     return (
-        f"sasl_username={request.sasl_username}, rcpt={request.recipient}, {counted}, "
-        f"sender={request.sender}, client_address={request.client_address}, "
-        f"instance={request.instance}{msg}"
+        f"sasl_username={login}, rcpt={rcpt}, {counted}, sender={sender}, "
+        f"client_address={field(request.client_address)}, instance={field(request.instance)}{msg}"
     )
+
+
+def field(value: str) -> str:
+    """The value so that it cannot look like more fields: addresses may hold commas and spaces."""
+    return value.replace(", ", r",\x20")
 
 
 class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
@@ -1590,10 +1603,11 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         return True
 
     def _make_room(self) -> None:
-        """Close the connection that has been idle longest."""
-        idle = [(since, h.number, h) for h in list(self.handlers) if (since := h.idle_since)]
+        """Close the connection that has been idle longest; first of those that have never asked."""
+        handlers = list(self.handlers)
+        idle = [(h.served, since, h.number, h) for h in handlers if (since := h.idle_since)]
         if idle:
-            _, number, handler = min(idle)
+            *_, number, handler = min(idle)
             log.warning("[%d] closed to make room for another, see _maxconnections", number)
             handler.idle_since = None
             hang_up(handler.request, socket.SHUT_RDWR)

@@ -433,6 +433,8 @@ def test_a_request_that_comes_while_room_is_made() -> None:
     """Its thread says so at any moment, also between two looks of the listener."""
 
     class Handler:
+        served = False
+
         def __init__(self, number: int, *looks: float) -> None:
             self.number, self.request, self.looks = number, socket.socket(), list(looks)
 
