@@ -446,7 +446,7 @@ class RulesFile:
             self.rules = load_rules(self.path, self._retention)
         except ConfigError as error:
             if isinstance(error.__context__, OSError):  # perhaps no descriptor was left: look again
-                self._stamp = None
+                self._stamp = ()
             if force or str(error) != self._complaint:
                 log.error("rules not read, the old ones stay in force: %s", error)
             self._complaint = str(error)
@@ -715,19 +715,21 @@ class Ledger:
                     rows, verdicts = self._decide(charges, locked=collisions >= PATIENCE)
                 self._store.append(rows)
                 return verdicts
-            except Conflict:
+            except Conflict as error:
+                trouble = str(error)
                 collisions += 1
                 self._store.rollback()
                 for charge in charges:
                     self._accounts.pop(charge.account, None)
-            except Unavailable:
+            except Unavailable as error:
+                trouble = str(error)
                 failures += 1
                 if failures == ATTEMPTS:
                     raise
                 uncertain = bool(rows)
                 self.open(deadline)
             if self.stopping or self._monotonic() + self._store.patience >= deadline:
-                raise Unavailable("the store did not answer in time")
+                raise Unavailable(f"it did not do it in time: {trouble}")
 
     def _decide(
         self, charges: Sequence[Charge], *, locked: bool
@@ -1809,6 +1811,9 @@ def risks(config: Config) -> list[str]:
 
 def serve(config: Config) -> int:
     """Run the daemon until a signal ends it. Raises ConfigError for what cannot be started."""
+    # A thread that has waited so long for the interpreter's lock asks again, behind all others:
+    # with hundreds of connections 5 ms, the default, let some starve (bench/README.md).
+    sys.setswitchinterval(0.1)
     threading.stack_size(512 * 1024)
     rules = RulesFile(config.beside(config.quotafile), config.retentiondays * 86400)
     store = make_store(config)

@@ -225,6 +225,7 @@ def test_ledgers_at_once_accept_exactly_the_quota(new_store: OpenStore, daemons:
     def make() -> Ledger:
         return Ledger(new_store(), 30 * DAY)
 
+    new_store()  # makes the file
     assert race([make] * daemons, 5000, 1000) == 1000
     (head,) = new_store().heads(["a"], lock=False)
     assert (head[1], head[4]) == (1000, 1000)
