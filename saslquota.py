@@ -1814,6 +1814,7 @@ def serve(config: Config) -> int:
     # A thread that has waited so long for the interpreter's lock asks again, behind all others:
     # with hundreds of connections 5 ms, the default, let some starve (bench/README.md).
     sys.setswitchinterval(0.1)
+    caught = catch_signals()
     threading.stack_size(512 * 1024)
     rules = RulesFile(config.beside(config.quotafile), config.retentiondays * 86400)
     store = make_store(config)
@@ -1832,7 +1833,7 @@ def serve(config: Config) -> int:
         log.warning("%s", risk)
     committer.start()
     threading.Thread(target=server.serve_forever, args=[0.1], daemon=True).start()
-    received = wait_for_signal(rules)
+    received = wait_for_stop(caught, rules)
     server.stop()
     if not server.drained(SHUTDOWN):
         committer.give_up()
@@ -1843,19 +1844,24 @@ def serve(config: Config) -> int:
     return 0
 
 
-def wait_for_signal(rules: RulesFile) -> str:
-    """Keep the rules fresh until a signal says to stop; return its name."""
-    received: queue.SimpleQueue[int] = queue.SimpleQueue()  # its put() may interrupt its get()
+def catch_signals() -> queue.SimpleQueue[int]:
+    """The signals that come from now on. (A SimpleQueue's put() may interrupt its get().)"""
+    caught: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda caught, _frame: received.put(caught))
+        signal.signal(number, lambda number, _frame: caught.put(number))
+    return caught
+
+
+def wait_for_stop(caught: queue.SimpleQueue[int], rules: RulesFile) -> str:
+    """Keep the rules fresh until a signal says to stop; return its name."""
     while True:
         try:
-            caught = received.get(timeout=1.0)
+            number = caught.get(timeout=1.0)
         except queue.Empty:
-            caught = 0
-        if caught not in (0, signal.SIGHUP):
-            return signal.Signals(caught).name
-        rules.reload(force=caught == signal.SIGHUP)
+            number = 0
+        if number not in (0, signal.SIGHUP):
+            return signal.Signals(number).name
+        rules.reload(force=number == signal.SIGHUP)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
