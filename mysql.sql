@@ -13,6 +13,5 @@ CREATE TABLE IF NOT EXISTS sends (
     instance    VARCHAR(64)  NOT NULL COMMENT 'Postfix''s instance attribute',
     token       BIGINT       NOT NULL COMMENT 'one random number for each INSERT',
     PRIMARY KEY (account, seq),
-    KEY sends_window (account, epoch, at, seq, total, recipients),
     KEY sends_at (at)
 ) ENGINE=InnoDB DEFAULT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin;

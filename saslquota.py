@@ -85,7 +85,9 @@ MAX_ACCOUNT = 320  # characters; the column's width: 64 of a local part, @, 255 
 MAX_INSTANCE = 64  # characters; the column's width
 MAX_REPLY = 400  # bytes; an SMTP reply line has 512 with its codes (RFC 5321, 4.5.3.1.5)
 MAX_BATCH = 500  # charges in one INSERT; SQLite takes 32,766 variables, eight for each
-SPAN_ROWS = 32  # the oldest sends of a window that are remembered
+SPAN_ROWS = 32  # the oldest sends of a window that are remembered, at the most
+TAIL_ROWS = 8  # the newest sends of an account that come with its head: most windows hold no more
+PROBES = 16  # sends looked at in one step of a search
 CACHED_ACCOUNTS = 20_000  # at most some 4 KiB each
 CLOCK_TRUST = 1.0  # seconds until the database's clock, or a refusal's reason, is read again
 PATIENCE = 3  # collisions in a row before the next try takes locks
@@ -93,8 +95,8 @@ ATTEMPTS = 3  # connections that may break under one batch before it is given up
 FUTURE = 60_000_000  # microseconds; a send dated further ahead is worth an error
 RETRY = 1.0  # seconds between two attempts to reach a store that is down
 REMINDER = 60.0  # seconds between two log lines about a trouble that lasts
-PURGE_ROWS = 200  # in one DELETE: a few milliseconds
-PURGE_PAUSE = 0.1  # seconds between two of them
+PURGE_ROWS = 50  # in one DELETE: a millisecond or two
+PURGE_PAUSE = 0.025  # seconds between two of them
 PURGE_INTERVAL = 3600.0  # seconds between two purges
 MAX_LINE = 4000  # characters of a log line; rsyslog takes 8 KiB
 LOG_PAUSE = 0.02  # seconds in which log lines gather
@@ -610,17 +612,29 @@ class Clock:
         return self._last
 
 
+class Sent(NamedTuple):
+    """What is read of a row of the ledger."""
+
+    account: str
+    seq: int
+    epoch: int
+    at: int  # microseconds since 1970, UTC
+    before: int  # the total before it
+    total: int
+
+
 class Span:
     """The oldest sends of an account within one period, each with the total before it.
 
-    `complete` when they are all there are; else the store must be asked once these have left.
+    `complete` when there are no more sends than these; else the store must be asked once these have
+    left.
     """
 
     __slots__ = ("complete", "rows")
 
-    def __init__(self, rows: Iterable[tuple[int, int]] = ()) -> None:
-        self.rows = collections.deque(rows)
-        self.complete = len(self.rows) < SPAN_ROWS
+    def __init__(self, sends: Iterable[Sent], *, complete: bool) -> None:
+        self.rows = collections.deque((sent.at, sent.before) for sent in sends)
+        self.complete = complete
 
     def base(self, start: int, total: int) -> int | None:
         """The total before the oldest send at or after `start`; None when the store must tell."""
@@ -638,17 +652,24 @@ class Span:
             self.complete = False
 
 
+def chains(sends: Iterable[Sent]) -> Mapping[str, list[Sent]]:
+    """The sends of each account, oldest first."""
+    found: dict[str, list[Sent]] = collections.defaultdict(list)
+    for sent in sorted(set(sends)):
+        found[sent.account].append(sent)
+    return found
+
+
 class Account:
     """What the ledger remembers of one account. Exact until another daemon appends to it, which
     makes our own append collide."""
 
     __slots__ = ("at", "epoch", "name", "read", "seq", "spans", "total")
 
-    def __init__(
-        self, name: str, seq: int = 0, epoch: int = 1, at: int = 0, total: int = 0
-    ) -> None:
-        self.name, self.seq, self.epoch, self.at, self.total = name, seq, epoch, at, total
-        self.read = 0.0  # monotonic seconds
+    def __init__(self, name: str, head: Sent | None, read: float) -> None:
+        _, self.seq, self.epoch, self.at, _, self.total = head or Sent(name, 0, 1, 0, 0, 0)
+        self.name = name
+        self.read = read  # monotonic seconds
         self.spans: dict[int, Span] = {}  # by period
 
     def used(self, period: int, now: int) -> int | None:
@@ -663,6 +684,33 @@ class Account:
             span.append(at, self.total)
         self.seq, self.at, self.total = self.seq + 1, at, self.total + cost
         return Row(self.name, self.seq, self.epoch, at, cost, self.total, instance, token)
+
+
+class Search(NamedTuple):
+    """For an account's oldest send within a period: it comes after `low`, and not after `high`."""
+
+    account: Account
+    period: int
+    start: int  # microseconds since 1970, UTC
+    low: int
+    high: int
+
+    def holds(self, sent: Sent) -> bool:
+        """Whether a send is within the period. Along an account's chain that is no, no ... yes,
+        yes: neither its epoch nor its time ever falls."""
+        return sent.epoch == self.account.epoch and sent.at >= self.start
+
+    def probes(self) -> list[int]:
+        """The sends to look at before so few are left that they can be read one by one."""
+        gap = self.high - self.low
+        steps = PROBES if gap > SPAN_ROWS else 0
+        return [self.low + gap * n // (steps + 1) for n in range(1, steps + 1)]
+
+    def narrowed(self, found: Iterable[Sent]) -> Search:
+        """What is left to search after a look at them. One that is missing has been purged."""
+        high = min((sent.seq for sent in found if self.holds(sent)), default=self.high)
+        low = max((seq for seq in self.probes() if seq < high), default=self.low)
+        return self._replace(low=low, high=high)
 
 
 class Ledger:
@@ -803,25 +851,35 @@ class Ledger:
     def _read(self, charges: Sequence[Charge], now: int, *, locked: bool) -> None:
         """Read heads and windows of the charges' accounts."""
         names = sorted({charge.account for charge in charges})
-        found = {head[0]: Account(*head) for head in self._store.heads(names, lock=locked)}
+        tails = chains(self._store.newest(names, lock=locked))
         for name in names:
             self._accounts.pop(name, None)  # the newest stand last
-            account = self._accounts[name] = found.get(name) or Account(name)
-            account.read = self._monotonic()
+            head = tails[name][-1] if tails[name] else None
+            account = self._accounts[name] = Account(name, head, self._monotonic())
             if account.at > now + FUTURE and self._future.due():
                 ahead = (account.at - now) / 1e6
                 log.error("account %s: a send is dated %.0f s ahead of the clock", name, ahead)
-        wanted: dict[tuple[str, int], tuple[str, int, int]] = {}
-        for charge in charges:
-            account = self._accounts[charge.account]
-            for window in charge.windows:
-                start = max(now, account.at) - window.period * 1_000_000
-                account.spans[window.period] = Span()
-                if account.at >= start:  # else even the newest send has left
-                    wanted[charge.account, window.period] = (charge.account, account.epoch, start)
-        oldest = self._store.oldest(list(wanted.values()))
-        for (name, period), rows in zip(wanted, oldest, strict=True):
-            self._accounts[name].spans[period] = Span(rows)
+        searches = []
+        for name, period in {(c.account, window.period) for c in charges for window in c.windows}:
+            account, tail = self._accounts[name], tails[name]
+            start = max(now, account.at) - period * 1_000_000
+            search = Search(account, period, start, 0, tail[0].seq if tail else 0)
+            account.spans[period] = Span(filter(search.holds, tail), complete=True)
+            if tail and tail[0].seq > 1 and search.holds(tail[0]):
+                searches.append(search)  # the window holds more than the tail
+        self._search(searches)
+
+    def _search(self, searches: list[Search]) -> None:
+        """Read the oldest sends of windows that begin deep in a chain, all of them together."""
+        while wanted := [(s.account.name, probes) for s in searches if (probes := s.probes())]:
+            found = chains(self._store.some(wanted))
+            searches = [search.narrowed(found[search.account.name]) for search in searches]
+        found = chains(self._store.following([(s.account.name, s.low) for s in searches]))
+        for search in searches:
+            account = search.account
+            oldest = list(filter(search.holds, found[account.name]))[:SPAN_ROWS]
+            complete = oldest[-1].seq == account.seq
+            account.spans[search.period] = Span(oldest, complete=complete)
 
     def purge(self) -> bool:
         """Delete some sends older than the retention; False when there are no more.
@@ -881,28 +939,30 @@ class Store:
         """The rows that a SELECT gives for each of several lists of values, all together."""
         return [row for values in many for row in self._run(sql, values)]
 
-    def heads(self, accounts: Sequence[str], *, lock: bool) -> list[Any]:
-        """Account, seq, epoch, at and total of the newest row of each account that has one. With
-        `lock` nobody else can append to these accounts until append() or rollback()."""
+    def _sends(self, which: str, many: Sequence[Sequence[int | str]]) -> list[Sent]:
+        """The sends of several accounts, in no order."""
+        columns = f"account, seq, epoch, {self.AT}, total - recipients, total"
+        return [Sent(*r) for r in self._each(f"SELECT {columns} FROM sends WHERE {which}", many)]
+
+    def newest(self, accounts: Sequence[str], *, lock: bool) -> list[Sent]:
+        """The TAIL_ROWS newest sends of each account. With `lock` nobody else can append to these
+        accounts until append() or rollback()."""
         if lock:
             self._run(self.BEGIN)
             self._locked = True
-        columns = f"account, seq, epoch, {self.AT}, total"
-        newest = f"SELECT {columns} FROM sends WHERE account = ? ORDER BY seq DESC LIMIT 1"
-        return self._each(newest + (self.LOCK if lock else ""), [(name,) for name in accounts])
+        tail = f"account = ? ORDER BY seq DESC LIMIT {TAIL_ROWS}"
+        return self._sends(tail + (self.LOCK if lock else ""), [(name,) for name in accounts])
 
-    def oldest(self, spans: Sequence[tuple[str, int, int]]) -> list[list[tuple[int, int]]]:
-        """For each (account, epoch, start): time, and total before it, of the oldest sends at or
-        after start, SPAN_ROWS at the most."""
-        found: list[list[tuple[int, int]]] = [[] for _ in spans]
-        numbered = [(number, *span) for number, span in enumerate(spans)]
-        select = (
-            f"SELECT ?, {self.AT}, total - recipients FROM sends WHERE account = ? AND epoch = ?"
-            f" AND at >= {self.TIME} ORDER BY at, seq LIMIT {SPAN_ROWS}"
+    def some(self, wanted: Sequence[tuple[str, Sequence[int]]]) -> list[Sent]:
+        """PROBES sends of each account, by their numbers; those that are still there."""
+        numbers = ", ".join("?" * PROBES)
+        return self._sends(
+            f"account = ? AND seq IN ({numbers})", [(a, *seqs) for a, seqs in wanted]
         )
-        for number, at, before in sorted(self._each(select, numbered)):
-            found[number].append((at, before))
-        return found
+
+    def following(self, wanted: Sequence[tuple[str, int]]) -> list[Sent]:
+        """The next sends of each account after a number: SPAN_ROWS to skip and as many to use."""
+        return self._sends(f"account = ? AND seq > ? ORDER BY seq LIMIT {2 * SPAN_ROWS}", wanted)
 
     def append(self, rows: Sequence[Row]) -> None:
         """Write all the rows or none; they are durable when this returns."""
@@ -956,8 +1016,6 @@ class SQLiteStore(Store):
         " epoch INTEGER NOT NULL, at INTEGER NOT NULL, recipients INTEGER NOT NULL,"
         " total INTEGER NOT NULL, instance TEXT NOT NULL, token INTEGER NOT NULL,"
         " PRIMARY KEY (account, seq)) WITHOUT ROWID",
-        "CREATE INDEX IF NOT EXISTS sends_window"
-        " ON sends (account, epoch, at, seq, total, recipients)",
         "CREATE INDEX IF NOT EXISTS sends_at ON sends (at)",
     )
 
@@ -1197,20 +1255,14 @@ class MySQLStore(Store):
 
     def _each(self, sql: str, many: Sequence[Sequence[int | str]]) -> list[Any]:
         """In one statement: a round trip may be long."""
+        if not many:
+            return []
         return self._run(" UNION ALL ".join(f"({self._write(sql, values)})" for values in many))
 
-    def heads(self, accounts: Sequence[str], *, lock: bool) -> list[Any]:
+    def newest(self, accounts: Sequence[str], *, lock: bool) -> list[Sent]:
         if lock:  # should this machine vanish now, the server must not keep the locks for hours
             self._run(f"SET SESSION wait_timeout = {self.patience + 1}")
-            return super().heads(accounts, lock=True)
-        # A join with a list of names takes the server a third less time than a UNION of SELECTs.
-        names = " UNION ALL ".join(["SELECT ? AS account"] * len(accounts))
-        newest = "SELECT seq FROM sends AS n WHERE n.account = a.account ORDER BY seq DESC LIMIT 1"
-        return self._run(
-            f"SELECT s.account, s.seq, s.epoch, {self.AT}, s.total FROM ({names}) AS a"
-            f" STRAIGHT_JOIN sends AS s ON s.account = a.account AND s.seq = ({newest})",
-            accounts,
-        )
+        return super().newest(accounts, lock=lock)
 
     def append(self, rows: Sequence[Row]) -> None:
         locked = self._locked

@@ -12,4 +12,4 @@ with contextlib.suppress(ImportError):
 import pytest
 
 if __name__ == "__main__":
-    raise SystemExit(pytest.console_main())
+    raise SystemExit(pytest.main())

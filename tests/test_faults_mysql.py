@@ -283,7 +283,7 @@ def test_a_daemon_that_dies_with_locks_held_locks_nobody_out(
     gone.open()
     with Load(counting.port) as load:
         load.wait(OK, 10, 100)
-        gone.heads(sorted(NARROW + WIDE), lock=True)
+        gone.newest(sorted(NARROW + WIDE), lock=True)
         load.wait(DEFERRED, LATEST + SLACK, 50)
         load.wait(OK, 15, 50)
         load.counts_within(RETURN)

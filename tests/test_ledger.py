@@ -181,8 +181,8 @@ def test_memory_suffices_while_nobody_else_appends(
     one = bench()
     windows = (Window(3600, 1000),)
     one.send("a", windows)
-    monkeypatch.setattr(one.stores[0], "heads", pytest.fail)
-    monkeypatch.setattr(one.stores[0], "oldest", pytest.fail)
+    monkeypatch.setattr(one.stores[0], "newest", pytest.fail)
+    monkeypatch.setattr(one.stores[0], "following", pytest.fail)
     for _ in range(200):
         one.world.now += 1000
         assert one.send("a", windows)
@@ -530,6 +530,34 @@ def test_windows_of_many_sends_slide_exactly(
         assert verdict.used == used + cost * verdict.accepted
         if verdict.accepted:
             sends.append((now, cost))
+
+
+@pytest.mark.parametrize("purged", [0, 1234, 9_990])
+@pytest.mark.parametrize("reset", [0, 1, 4321])
+def test_a_window_that_begins_deep_in_a_chain(
+    bench: Callable[..., Bench], purged: int, reset: int
+) -> None:
+    """Wherever it begins, a new ledger finds the same as an addition of all sends."""
+    one, luck = bench(), random.Random(purged + reset)
+    rows, at, total = list[Row](), START, 0
+    for seq in range(1, 10_001):
+        at += luck.choice((0, 0, 1, 50)) * 1000
+        cost = 0 if seq == reset else luck.randrange(1, 4)
+        total = total + cost if cost else 0
+        rows.append(Row("a", seq, 1 + (0 < reset <= seq), at, cost, total, "", 1))
+    for first in range(0, len(rows), 500):
+        one.stores[0].append(rows[first : first + 500])
+    one.stores[0]._run("DELETE FROM sends WHERE seq <= ?", (purged,))
+    one.world.now = at + SECOND - START
+    now = START + one.world.now
+    for depth in (1, 5, 7, 8, 9, 33, 40, 41, 300, 5000, 9_999):
+        period = max(1, (now - rows[-depth].at) // SECOND)
+        kept = [r for r in rows[purged:] if r.epoch == rows[-1].epoch]
+        used = sum(r.recipients for r in kept if r.at >= now - period * SECOND)
+        one.ledgers[0].open()
+        charge = Charge("a", 1, "", (Window(period, used),))
+        (verdict,) = one.ledgers[0].charge([charge], NEVER)
+        assert (verdict.accepted, verdict.used) == (False, used), f"depth {depth}"
 
 
 def test_heads_in_the_future_with_many_sends_behind_them(bench: Callable[..., Bench]) -> None:

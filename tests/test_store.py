@@ -89,8 +89,11 @@ def test_what_is_appended_is_read_back(new_store: OpenStore) -> None:
     now = store.now()
     rows = [row("a", 1, now), row("a", 2, now + 1), row("b@x", 1, now + 2, epoch=3, total=9)]
     store.append(rows)
-    heads = sorted(other.heads(["a", "b@x", "c"], lock=False))
-    assert [tuple(head) for head in heads] == [("a", 2, 1, now + 1, 2), ("b@x", 1, 3, now + 2, 9)]
+    assert sorted(other.newest(["a", "b@x", "c"], lock=False)) == [
+        ("a", 1, 1, now, 0, 1),
+        ("a", 2, 1, now + 1, 1, 2),
+        ("b@x", 1, 3, now + 2, 8, 9),
+    ]
     assert other.tokens(rows) == {77}
     assert other.tokens([row("c", 1, now)]) == set()
 
@@ -103,26 +106,32 @@ def test_accounts_are_kept_to_the_letter(new_store: OpenStore, account: str) -> 
     store = new_store()
     now = store.now()
     store.append([row(account, 1, now, instance=account[:64])])
-    assert [head[0] for head in store.heads([account], lock=False)] == [account]
-    assert store.heads([account.upper()], lock=False) == [] or account.upper() == account
+    assert [sent.account for sent in store.newest([account], lock=False)] == [account]
+    assert store.newest([account.upper()], lock=False) == [] or account.upper() == account
 
 
 def test_accents_are_other_accounts(new_store: OpenStore) -> None:
     store = new_store()
     store.append([row("jose", 1, store.now())])
-    assert store.heads(["josé"], lock=False) == []
+    assert store.newest(["josé"], lock=False) == []
 
 
-def test_oldest_gives_time_and_total_before_of_the_epoch(new_store: OpenStore) -> None:
+def test_the_newest_some_and_the_following_sends_of_several_accounts(
+    new_store: OpenStore,
+) -> None:
     store = new_store()
     now = store.now()
-    store.append([row("a", seq, now + seq, recipients=2, total=2 * seq) for seq in range(1, 41)])
-    store.append([row("a", 41, now + 41, epoch=2, recipients=0, total=0)])
-    store.append([row("b", 1, now)])
-    spans = [("a", 1, now + 5), ("a", 2, now), ("a", 1, now + 41), ("b", 1, now), ("c", 1, now)]
-    first, second, late, b, c = store.oldest(spans)
-    assert first == [(now + seq, 2 * seq - 2) for seq in range(5, 5 + saslquota.SPAN_ROWS)]
-    assert (second, late, b, c) == ([(now + 41, 0)], [], [(now, 0)], [])
+    store.append([row("a", seq, now + seq) for seq in range(1, 101)])
+    store.append([row("b", seq, now + seq) for seq in range(50, 60)])
+    tails = {("a", seq) for seq in range(93, 101)} | {("b", seq) for seq in range(52, 60)}
+    assert {sent[:2] for sent in store.newest(["a", "b", "c"], lock=False)} == tails
+    probes = list(range(44, 60))
+    some = {(name, seq) for name in "ab" for seq in probes if name == "a" or seq >= 50}
+    assert {sent[:2] for sent in store.some([(name, probes) for name in "abc"])} == some
+    after = {("a", seq) for seq in range(11, 75)} | {("b", seq) for seq in range(58, 60)}
+    wanted = [("a", 10), ("b", 57), ("c", 0)]
+    assert {sent[:2] for sent in store.following(wanted)} == after
+    assert store.following([]) == store.some([]) == []
 
 
 def test_a_taken_seq_is_a_conflict_and_writes_nothing(new_store: OpenStore) -> None:
@@ -132,7 +141,7 @@ def test_a_taken_seq_is_a_conflict_and_writes_nothing(new_store: OpenStore) -> N
     other.tokens([row("b", 1, now)])
     with pytest.raises(Conflict):
         other.append([row("a", 1, now, token=5), row("b", 1, now, token=5)])
-    assert store.heads(["a"], lock=False) == []
+    assert store.newest(["a"], lock=False) == []
     assert store.tokens([row("b", 1, now)]) == {77}
 
 
@@ -140,7 +149,7 @@ def test_a_lock_keeps_others_out_until_the_append(new_store: OpenStore) -> None:
     store, other = new_store(), new_store()
     now = store.now()
     store.append([row("a", 1, now)])
-    assert store.heads(["a"], lock=True)
+    assert store.newest(["a"], lock=True)
     with ThreadPoolExecutor(1) as pool:
         other.close()  # SQLite's belong to their threads
 
@@ -162,10 +171,10 @@ def test_a_rollback_lets_go(new_store: OpenStore) -> None:
     store, other = new_store(), new_store()
     now = store.now()
     store.append([row("a", 1, now)])
-    store.heads(["a"], lock=True)
+    store.newest(["a"], lock=True)
     store.rollback()
     other.append([row("a", 2, now)])
-    store.heads(["a"], lock=True)
+    store.newest(["a"], lock=True)
     store.append([])
     other.append([row("a", 3, now)])
 
@@ -194,9 +203,9 @@ def test_a_closed_store_is_unavailable_until_it_is_opened(new_store: OpenStore) 
     store = new_store()
     store.close()
     with pytest.raises(Unavailable):
-        store.heads(["a"], lock=False)
+        store.newest(["a"], lock=False)
     store.open()
-    assert store.heads(["a"], lock=False) == []
+    assert store.newest(["a"], lock=False) == []
 
 
 # --- Ledgers at once ------------------------------------------------------------------------------
@@ -227,8 +236,8 @@ def test_ledgers_at_once_accept_exactly_the_quota(new_store: OpenStore, daemons:
 
     new_store()  # makes the file
     assert race([make] * daemons, 5000, 1000) == 1000
-    (head,) = new_store().heads(["a"], lock=False)
-    assert (head[1], head[4]) == (1000, 1000)
+    head = max(new_store().newest(["a"], lock=False))
+    assert (head.seq, head.total) == (1000, 1000)
 
 
 def test_threads_of_one_daemon_accept_exactly_the_quota(new_store: OpenStore) -> None:
@@ -384,7 +393,7 @@ def test_the_first_host_that_takes_sends_is_used(database: Database) -> None:
     store = MySQLStore(mysql_config(database, myhost=hosts))
     for _ in range(2):
         store.open()
-        store.append([row("a", 1 + len(store.heads(["a"], lock=False)), store.now())])
+        store.append([row("a", 1 + len(store.newest(["a"], lock=False)), store.now())])
         store.close()
     assert store._hosts[0] == f"localhost:{port}"
 
