@@ -629,21 +629,23 @@ class Sent(NamedTuple):
 class Span:
     """The oldest sends of an account within one period, each with the total before it.
 
-    `complete` when there are no more sends than these; else the store must be asked once these have
-    left.
+    `gone` is the number of the last send before them. `complete` when there are none after them;
+    else the store must be asked once these have left.
     """
 
-    __slots__ = ("complete", "rows")
+    __slots__ = ("complete", "gone", "rows")
 
-    def __init__(self, sends: Iterable[Sent], *, complete: bool) -> None:
+    def __init__(self, sends: Sequence[Sent], head: int) -> None:
         self.rows = collections.deque((sent.at, sent.before) for sent in sends)
-        self.complete = complete
+        self.gone = sends[0].seq - 1 if sends else head
+        self.complete = not sends or sends[-1].seq == head
 
     def base(self, start: int, total: int) -> int | None:
         """The total before the oldest send at or after `start`; None when the store must tell."""
         rows = self.rows
         while rows and rows[0][0] < start:
             rows.popleft()
+            self.gone += 1
         if rows:
             return rows[0][1]
         return total if self.complete else None
@@ -855,8 +857,10 @@ class Ledger:
         """Read heads and windows of the charges' accounts."""
         names = sorted({charge.account for charge in charges})
         tails = chains(self._store.newest(names, lock=locked))
+        gone: dict[tuple[str, int], int] = {}
         for name in names:
-            self._accounts.pop(name, None)  # the newest stand last
+            if known := self._accounts.pop(name, None):  # the newest stand last
+                gone |= {(name, period): span.gone for period, span in known.spans.items()}
             head = tails[name][-1] if tails[name] else None
             account = self._accounts[name] = Account(name, head, self._monotonic())
             if account.at > now + FUTURE and self._future.due():
@@ -866,10 +870,11 @@ class Ledger:
         for name, period in {(c.account, window.period) for c in charges for window in c.windows}:
             account, tail = self._accounts[name], tails[name]
             start = max(now, account.at) - period * 1_000_000
-            search = Search(account, period, start, 0, tail[0].seq if tail else 0)
-            account.spans[period] = Span(filter(search.holds, tail), complete=True)
-            if tail and tail[0].seq > 1 and search.holds(tail[0]):
-                searches.append(search)  # the window holds more than the tail
+            low, high = gone.get((name, period), 0), tail[0].seq if tail else 0
+            search = Search(account, period, start, low, high)
+            account.spans[period] = Span(list(filter(search.holds, tail)), account.seq)
+            if low + 1 < high and search.holds(tail[0]):
+                searches.append(search)  # the window may hold more than the tail
         self._search(searches)
 
     def _search(self, searches: list[Search]) -> None:
@@ -881,8 +886,7 @@ class Ledger:
         for search in searches:
             account = search.account
             oldest = list(filter(search.holds, found[account.name]))[:SPAN_ROWS]
-            complete = oldest[-1].seq == account.seq
-            account.spans[search.period] = Span(oldest, complete=complete)
+            account.spans[search.period] = Span(oldest, account.seq)
 
     def purge(self) -> bool:
         """Delete some sends older than the retention; False when there are no more.
