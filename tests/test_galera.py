@@ -3,6 +3,7 @@ through, whichever node is killed or frozen."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from faults import (
     SLACK,
     Entry,
     Galera,
+    GaleraNode,
     Load,
     Start,
     assert_never_over_quota,
@@ -145,6 +147,32 @@ def test_a_node_is_frozen(galera: Galera, shared: Database, daemon: Start) -> No
     audit(ours, load.accepted(), lambda _: (3600, quota))
     assert set(accepted) <= {row.instance for row in ours}
     assert len(ours) == quota * len(SENDERS), "exactly the quota"
+
+
+@contextmanager
+def cut_off(node: GaleraNode, database: str) -> Iterator[None]:
+    """A node that runs, but no longer belongs to the cluster."""
+    node.sql("SET GLOBAL wsrep_provider_options = 'gmcast.isolate=1'")
+    look = "SELECT COUNT(*) FROM sends"
+    try:
+        wait_for(lambda: "ERROR 1047" in node._client(look, database).stderr, 20, "not ready")
+        yield
+    finally:
+        node.sql("SET GLOBAL wsrep_provider_options = 'gmcast.isolate=0'")
+
+
+def test_a_node_that_is_not_ready(galera: Galera, shared: Database, daemon: Start) -> None:
+    """Error 1047: its daemon goes on with the next one."""
+    running, *_ = three_daemons(galera, shared, daemon, 3600, 10**6)
+    with Load(running.port, SENDERS, connections=4, pause=0.02) as load:
+        load.wait(OK, 20, 50)
+        with cut_off(galera.nodes[0], shared.name):
+            load.wait(OK, 20, 100)
+            wait_for_log(running, f"connected: .*:{galera.nodes[1].port},")
+        galera.wait_for_size(3)
+        load.wait(OK, 20, 100)
+    load.assert_answered(LATEST)
+    audit(assert_same_everywhere(galera, shared), load.accepted(), lambda _: (3600, 10**6))
 
 
 @pytest.fixture
