@@ -18,6 +18,7 @@ from faults import (
     NARROW,
     OK,
     REFUSED,
+    RETURN,
     RULES,
     SLACK,
     WIDE,
@@ -41,10 +42,10 @@ from faults import (
     small_disk,
     wait_for_log,
 )
-from servers import LOOPBACK, ROOT, Daemon, Database, MariaDB
+from servers import LOOPBACK, ROOT, Daemon, Database, MariaDB, wait_for
 from test_store import mysql_config
 
-from saslquota import MySQLStore
+from saslquota import LOCK_PAUSE, Config, MySQLStore
 
 pytestmark = pytest.mark.slow
 
@@ -116,20 +117,39 @@ def test_a_global_read_lock(mariadb: MariaDB, database: Database, counting: Daem
     audit_all(database, load)
 
 
-def test_one_senders_rows_are_locked(
-    mariadb: MariaDB, database: Database, counting: Daemon
+@pytest.mark.parametrize("number", [1, 2])
+def test_some_senders_rows_are_locked(
+    mariadb: MariaDB, database: Database, daemon: Start, number: int
 ) -> None:
-    """By somebody's transaction, for 5 s. Nobody waits too long, and it passes."""
-    with Load(counting.port) as load:
-        load.wait(OK, 10, 200)
+    """By somebody's transaction: the others are counted meanwhile. With the `_dbtimeout` that is
+    the default; the least one leaves no time for a second try after a wait."""
+    victims = [f"{n}@example.com" for n in range(number)]  # before all others in the index, where
+    counting = daemon({**database.config(), "_loglevel": "INFO"}, RULES)  # InnoDB locks gaps, too
+    with Load(counting.port, (*victims, *NARROW, *WIDE)) as load:
+        load.wait(OK, 10, 300)
         with session(mariadb, database.name) as admin:
             admin.execute("BEGIN")
-            admin.execute(f"SELECT COUNT(*) FROM sends WHERE account = '{WIDE[0]}' FOR UPDATE")
-            admin.fetchall()
-            pause(5)
+            for victim in victims:
+                admin.execute(f"SELECT COUNT(*) FROM sends WHERE account = '{victim}' FOR UPDATE")
+                admin.fetchall()
+            locked = time.monotonic()
+            pause(10)
+            unlocked = time.monotonic()
             admin.execute("ROLLBACK")
             load.counts_within()
-    audit_all(database, load)
+
+        def counted_again() -> set[str]:
+            return {s.account for s in load.accepted() if s.began > unlocked} & set(victims)
+
+        wait_for(lambda: len(counted_again()) == number, 10, "all are counted again")
+        assert time.monotonic() - unlocked < LOCK_PAUSE + RETURN + SLACK
+    load.assert_answered(Config.dbtimeout + 1)
+    audit(entries(database), load.accepted())
+    during = [s for s in load.between(locked, unlocked) if s.ended < unlocked]
+    assert {s.reply for s in during if s.account in victims} == {DEFERRED}
+    assert {s.reply for s in load.samples if s.account not in victims} == {OK, REFUSED}
+    assert sum(s.reply == OK for s in during) > 500
+    wait_for_log(counting, f"account {victims[0]}: not counted, another session has locked")
 
 
 def test_too_many_connections(mariadb: MariaDB, database: Database, counting: Daemon) -> None:
