@@ -97,6 +97,7 @@ RETRY = 1.0  # seconds between two attempts to reach a store that is down
 REMINDER = 60.0  # seconds between two log lines about a trouble that lasts
 PURGE_ROWS = 200  # in one DELETE: a few milliseconds
 PURGE_PAUSE = 0.1  # seconds between two of them
+PURGE_PUT_OFF = 60.0  # seconds when it meets a lock: while it waits all others do, too
 PURGE_INTERVAL = 3600.0  # seconds between two purges
 MAX_LINE = 4000  # characters of a log line; rsyslog takes 8 KiB
 LOG_PAUSE = 0.02  # seconds in which log lines gather
@@ -1419,6 +1420,7 @@ class Committer(threading.Thread):
                 pause = PURGE_INTERVAL
         except Conflict as error:
             log.debug("purge put off: %s", error)
+            pause = PURGE_PUT_OFF
         except Exception as error:  # noqa: BLE001 - as in _serve
             self._fail(error)
             pause = RETRY
