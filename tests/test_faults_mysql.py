@@ -22,6 +22,7 @@ from faults import (
     RULES,
     SLACK,
     WIDE,
+    ClockedDaemon,
     ClockedMariaDB,
     Load,
     Start,
@@ -38,11 +39,12 @@ from faults import (
     outlast,
     pause,
     session,
+    set_clock,
     set_clock_under_load,
     small_disk,
     wait_for_log,
 )
-from servers import LOOPBACK, ROOT, Daemon, Database, MariaDB, wait_for
+from servers import LOOPBACK, ROOT, Daemon, Database, MariaDB, run, wait_for
 from test_store import mysql_config
 
 from saslquota import LOCK_PAUSE, Config, MySQLStore
@@ -261,6 +263,30 @@ def test_the_servers_clock_is_set(new_directory: Callable[[], Path], daemon: Sta
         with Load(counting.port, NARROW) as load:
             set_clock_under_load(server.clock, load)
         audit_clocked(entries(database), load)
+
+
+def test_the_daemons_clock_does_not_matter(
+    database: Database, new_directory: Callable[[], Path]
+) -> None:
+    """Minutes ahead and minutes back: sends are counted by the server's."""
+    if not libfaketime():
+        pytest.skip("not installed: libfaketime")
+    config = {**database.config(), "_loglevel": "INFO"}
+    with (
+        ClockedDaemon(new_directory(), config, CLOCK_RULES) as counting,
+        Load(counting.port, NARROW) as load,
+    ):
+        for seconds in (300, -300, 0):
+            set_clock(counting.clock, seconds)
+            pause(1.5)  # until the file is read
+            faked = int(run(["date", "+%s"], env=counting.environment()))
+            assert abs(faked - time.time() - seconds) < 10, "the clock is not faked"
+            load.wait(OK, 2 + SLACK, 20)
+            load.wait(REFUSED, 10, 20)
+    rows = entries(database)
+    audit(rows, load.accepted(), lambda _: (2, 60))
+    assert load.longest_wait() <= 2 + SLACK
+    assert rows[-1].at <= time.time_ns() // 1000
 
 
 def test_a_daemon_that_dies_with_locks_held_locks_nobody_out(
