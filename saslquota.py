@@ -95,10 +95,13 @@ CLOCK_TRUST = 1.0  # seconds until the database's clock, or a refusal's reason, 
 PATIENCE = 3  # collisions in a row before the next try takes locks
 ATTEMPTS = 3  # connections that may break under one batch before it is given up
 FUTURE = 60_000_000  # microseconds; a send dated further ahead is worth an error
+LOCK_WAIT = 1  # seconds for a lock in MySQL: as short as it can be, for all others wait too
+LOCK_PAUSE = 2.0  # seconds that an account is left alone whose rows somebody has locked
 RETRY = 1.0  # seconds between two attempts to reach a store that is down
 REMINDER = 60.0  # seconds between two log lines about a trouble that lasts
 PURGE_ROWS = 50  # in one DELETE: a millisecond or two
 PURGE_PAUSE = 0.025  # seconds between two of them
+PURGE_PUT_OFF = 60.0  # seconds when it meets a lock: while it waits all others do, too
 PURGE_INTERVAL = 3600.0  # seconds between two purges
 MAX_LINE = 4000  # characters of a log line; rsyslog takes 8 KiB
 LOG_PAUSE = 0.02  # seconds in which log lines gather
@@ -132,6 +135,10 @@ class StoreError(SaslQuotaError):
 
 class Conflict(StoreError):
     """Another daemon was faster or holds a lock: nothing was written, the next try may work."""
+
+
+class Locked(Conflict):
+    """Another session holds on to a lock: whoever tries again at once waits again."""
 
 
 class Unavailable(StoreError):
@@ -751,6 +758,7 @@ class Ledger:
         """Decide the charges in their order. `deadline` is in monotonic seconds.
 
         Raises Unavailable when the store cannot be used; whether rows were written is then unknown.
+        Raises Locked, and nothing was written, when rows of one of the accounts are locked.
         """
         rows: list[Row] = []  # under way: decided, and not known to be refused
         verdicts: list[Verdict] = []
@@ -772,8 +780,10 @@ class Ledger:
                 trouble = str(error)
                 collisions += 1
                 self._store.rollback()
-                for charge in charges:
-                    self._accounts.pop(charge.account, None)
+                self._forget(charges)
+                if isinstance(error, Locked) and not uncertain:
+                    self.open(deadline)  # Unavailable when it is the whole table that is locked
+                    raise
             except Unavailable as error:
                 trouble = str(error)
                 failures += 1
@@ -783,6 +793,10 @@ class Ledger:
                 self.open(deadline)
             if self.stopping or self._monotonic() + self._store.patience >= deadline:
                 raise Unavailable(f"it did not do it in time: {trouble}")
+
+    def _forget(self, charges: Iterable[Charge]) -> None:
+        for charge in charges:
+            self._accounts.pop(charge.account, None)
 
     def _decide(
         self, charges: Sequence[Charge], *, locked: bool
@@ -1127,9 +1141,10 @@ class MySQLStore(Store):
     AT = "TIMESTAMPDIFF(MICROSECOND, '1970-01-01', at)"
     TIME = "TIMESTAMP '1970-01-01 00:00:00' + INTERVAL ? MICROSECOND"
     LOCK = " FOR UPDATE"
-    # 1062 duplicate key, 1213 deadlock (Galera: certification), 1205 lock wait, 3101 Group
-    # Replication, 1020 record changed since the snapshot (MariaDB 11)
-    CONFLICTS = frozenset({1062, 1213, 1205, 3101, 1020})
+    # 1062 duplicate key, 1213 deadlock (Galera: certification), 3101 Group Replication, 1020 record
+    # changed since the snapshot (MariaDB 11)
+    CONFLICTS = frozenset({1062, 1213, 3101, 1020})
+    LOCK_WAIT_TIMEOUT = 1205
 
     def __init__(self, config: Config) -> None:
         super().__init__(max(1, config.dbtimeout // 2))  # whole seconds; time for a second try
@@ -1194,8 +1209,8 @@ class MySQLStore(Store):
             write_timeout=self.patience,
         )
         self._cursor = self._connection.cursor()  # one for all: making one pings the server
-        lock = max(1, self.patience - 1)
-        self._run(f"SET SESSION innodb_lock_wait_timeout = {lock}, lock_wait_timeout = {lock}")
+        for lock in ("innodb_lock_wait_timeout", "lock_wait_timeout"):
+            self._run(f"SET SESSION {lock} = {LOCK_WAIT}")
         self._run("SET SESSION sql_mode = 'STRICT_ALL_TABLES'")
         self._run("SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         self._cluster = bool(self._run("SHOW VARIABLES LIKE 'wsrep_sync_wait'"))
@@ -1255,7 +1270,10 @@ class MySQLStore(Store):
             self._cursor.execute(statement)
             return self._cursor.fetchall() if self._cursor.with_rows else []
         except (self._error, OSError) as error:
-            if getattr(error, "errno", None) in self.CONFLICTS:
+            number = getattr(error, "errno", None)
+            if number == self.LOCK_WAIT_TIMEOUT:
+                raise Locked(str(error)) from error
+            if number in self.CONFLICTS:
                 raise Conflict(str(error)) from error
             self._suspect = True
             raise Unavailable(str(error)) from error
@@ -1317,6 +1335,7 @@ class Committer(threading.Thread):
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._down = False  # known to be: nobody waits for it
         self._refused: dict[str, tuple[Charge, Verdict]] = {}  # by account
+        self._locked: dict[str, float] = {}  # by account; left alone until then, monotonic seconds
         self._batch: Sequence[Job] = ()  # what the ledger is at work on
         self._at_work = threading.Lock()  # whoever holds it uses the ledger
         self._wanted = False  # the committer has a batch and waits for the lock
@@ -1388,7 +1407,40 @@ class Committer(threading.Thread):
         self._ledger.close()
 
     def _serve(self, jobs: Sequence[Job]) -> None:
-        """Charge a batch and tell each job its verdict. The lock is held."""
+        """Charge a batch. The lock is held. An account whose rows somebody else has locked is
+        charged after the others and by itself, one in a batch: nobody else shall wait for long."""
+        together = [job for job in jobs if job.charge.account not in self._locked]
+        if not self._charge(together):  # whose rows they are is not known yet
+            self._locked.update((job.charge.account, 0.0) for job in together)
+        apart: dict[str, list[Job]] = {}
+        for job in jobs if self._locked else ():
+            if job.charge.account in self._locked:
+                apart.setdefault(job.charge.account, []).append(job)
+        waited = False
+        for account, part in sorted(apart.items(), key=lambda item: self._locked[item[0]]):
+            if waited:
+                for job in part:
+                    self._jobs.put(job)
+            else:
+                waited = not self._charge_apart(account, part)
+
+    def _charge_apart(self, account: str, jobs: Sequence[Job]) -> bool:
+        """Charge one account, unless its rows were found locked a moment ago; False when they are
+        found locked now."""
+        if self._locked[account] > time.monotonic():
+            self._tell(jobs, [None] * len(jobs))
+            return True
+        if self._charge(jobs):
+            del self._locked[account]
+            return True
+        self._locked[account] = time.monotonic() + LOCK_PAUSE
+        log.warning("account %s: not counted, another session has locked its rows", account)
+        self._tell(jobs, [None] * len(jobs))
+        return False
+
+    def _charge(self, jobs: Sequence[Job]) -> bool:
+        """Charge jobs and tell each its verdict; False, and nothing is told, when rows of one of
+        the accounts are locked."""
         now = time.monotonic()
         jobs = self._batch = [job for job in jobs if job.deadline > now]  # else given up already
         verdicts: Sequence[Verdict | None] = [None] * len(jobs)
@@ -1397,8 +1449,14 @@ class Committer(threading.Thread):
                 deadline = max(job.deadline for job in jobs)
                 verdicts = self._ledger.charge([job.charge for job in jobs], deadline)
                 self._succeed()
+        except Locked:
+            return False
         except Exception as error:  # noqa: BLE001 - no bug may end the thread all wait for
             self._fail(error)
+        self._tell(jobs, verdicts)
+        return True
+
+    def _tell(self, jobs: Sequence[Job], verdicts: Sequence[Verdict | None]) -> None:
         for job, verdict in zip(jobs, verdicts, strict=True):
             if verdict and not verdict.accepted:
                 self._remember(job.charge, verdict)
@@ -1421,6 +1479,7 @@ class Committer(threading.Thread):
                 pause = PURGE_INTERVAL
         except Conflict as error:
             log.debug("purge put off: %s", error)
+            pause = PURGE_PUT_OFF
         except Exception as error:  # noqa: BLE001 - as in _serve
             self._fail(error)
             pause = RETRY

@@ -11,9 +11,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, ClassVar, NamedTuple, Self
 
 from servers import (
@@ -31,7 +30,13 @@ from servers import (
 
 from saslquota import MySQLStore
 
+Start = Callable[..., Daemon]  # the fixture `daemon`
+
+DBTIMEOUT = 2  # seconds: the least that may be configured
+LATEST = DBTIMEOUT + 1  # when the fallback must have come
+RETURN = 2  # seconds, within which sends are counted again
 SLACK = 1.0  # seconds more than promised, for a machine that is busy with other things
+CONFIG: Mapping[str, object] = {"_dbtimeout": DBTIMEOUT, "_loglevel": "INFO"}
 SECOND = 1_000_000  # microseconds, as in the ledger
 OK = "OK"
 REFUSED = "REJECT over quota"
@@ -126,12 +131,7 @@ class Load:
             thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self._stopping.set()
         for thread in self._threads:
             thread.join(70)
@@ -158,7 +158,7 @@ class Load:
             raise AssertionError(f"{error}; got {got}") from None
         return time.monotonic() - start
 
-    def counts_within(self, seconds: float) -> None:
+    def counts_within(self, seconds: float = RETURN) -> None:
         """Make sure that it counts again so many seconds from now."""
         took = self.wait(OK, seconds + SLACK + 5)
         assert took <= seconds + SLACK, f"it took {took:.2f} s until sends were counted again"
@@ -197,6 +197,28 @@ class Load:
         assert len(samples) > 50
         assert {sample.reply for sample in samples} == {DEFERRED}
         assert max(sample.took for sample in samples) < SLACK
+
+
+def outlast(
+    counting: Daemon,
+    load: Load,
+    trouble: AbstractContextManager[object],
+    complaint: str = "",
+    seconds: float = 0,
+) -> None:
+    """Let trouble come under load, and last: the first requests wait for the deadline, later ones
+    for nothing; the log tells; and when the trouble is over, sends are counted again."""
+    load.wait(OK, 10, 100)
+    ends = time.monotonic() + seconds
+    with trouble:
+        load.wait(DEFERRED, LATEST + SLACK, 50)
+        noticed = time.monotonic()
+        wait_for_log(counting, f"are not counted.*{complaint}")
+        pause(ends - time.monotonic())
+        over = time.monotonic()
+    load.counts_within()
+    if seconds:
+        load.assert_at_once(noticed, over)
 
 
 # --- The audit ------------------------------------------------------------------------------------
@@ -254,6 +276,12 @@ def assert_never_over_quota(chain: Sequence[Entry], period: int, quota: int) -> 
         assert used <= quota, f"{used} of {quota} in {period} s until {row}"
 
 
+def audit_all(ledger: Database | Path, load: Load) -> None:
+    """The ledger holds what was accepted, and nobody waited too long."""
+    load.assert_answered(LATEST)
+    audit(entries(ledger), load.accepted())
+
+
 # --- MariaDB --------------------------------------------------------------------------------------
 
 
@@ -275,6 +303,39 @@ def session(server: MariaDB, database: str = "") -> Iterator[Any]:
     finally:
         with suppress(mysql.connector.Error):
             connection.close()
+
+
+@contextmanager
+def frozen(server: MariaDB) -> Iterator[None]:
+    server.freeze()
+    try:
+        yield
+    finally:
+        server.thaw()
+
+
+@contextmanager
+def changed(server: MariaDB, variable: str, value: int) -> Iterator[None]:
+    """Another value of a global variable."""
+    before = server.sql(f"SELECT @@GLOBAL.{variable}")
+    server.sql(f"SET GLOBAL {variable} = {value}")
+    try:
+        yield
+    finally:
+        server.sql(f"SET GLOBAL {variable} = {before}")
+
+
+@contextmanager
+def crowded(server: MariaDB, database: Database) -> Iterator[None]:
+    """Others have all the connections; the daemons have lost theirs."""
+    import mysql.connector
+
+    with session(server) as admin, changed(server, "max_connections", 10), ExitStack() as others:
+        with suppress(mysql.connector.Error):  # if still more are in use
+            for _ in range(9):
+                others.enter_context(session(server))
+        kill_connections(admin, database)
+        yield
 
 
 def kill_connections(admin: Any, database: Database) -> None:
@@ -423,12 +484,7 @@ class Galera:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         for node in self.nodes:  # they need not agree on each one's end
             if node.running:
                 node.kill()

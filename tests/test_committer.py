@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from servers import wait_for
+from faults import session
+from servers import Database, wait_for
+from test_store import mysql_config
 
-from saslquota import Charge, Committer, Ledger, SQLiteStore, Verdict, Window
+from saslquota import Charge, Committer, Ledger, MySQLStore, SQLiteStore, Verdict, Window
 
 DAY = 86_400
 HOUR = (Window(3600, 2),)
@@ -175,3 +177,23 @@ def test_a_purge_goes_on_beside_the_requests(
     wait_for(worked, 20, "old sends are purged")
     committer.stop(10)
     store.close()
+
+
+def test_a_purge_that_meets_a_lock_holds_nobody_up_again(database: Database) -> None:
+    for key in ("'a', 1", "'a', 2", "'b', 1"):  # of b so that no lock on a gap is in its way
+        database.sql(f"INSERT INTO sends VALUES ({key}, 1, '2000-01-01', 1, 1, '', 1)")
+    ledger = Ledger(MySQLStore(mysql_config(database)), 30 * DAY)
+    committer = Committer(ledger, 10)
+    with session(database.server, database.name) as admin:
+        admin.execute("BEGIN")
+        admin.execute("SELECT * FROM sends FORCE INDEX (PRIMARY) WHERE account = 'a' FOR UPDATE")
+        admin.fetchall()
+        committer.start()
+        waits = []
+        ends = time.monotonic() + 4
+        while time.monotonic() < ends:
+            began = time.monotonic()
+            assert committer.submit(Charge("b", 1, "", (Window(3600, 10**6),)))
+            waits.append(time.monotonic() - began)
+    committer.stop(10)
+    assert sum(wait > 0.5 for wait in waits) <= 2  # the first one opens the store, too

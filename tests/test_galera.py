@@ -3,6 +3,7 @@ through, whichever node is killed or frozen."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from faults import (
     SLACK,
     Entry,
     Galera,
+    GaleraNode,
     Load,
+    Start,
     assert_never_over_quota,
     audit,
     entries,
@@ -26,10 +29,11 @@ from faults import (
 )
 from servers import Daemon, Database, wait_for
 
+from saslquota import Config
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
-Start = Callable[..., Daemon]
-DBTIMEOUT = 5
+LATEST = Config.dbtimeout + 1  # seconds until the fallback must have come
 SENDERS = tuple(f"shared{n}@example.com" for n in range(4))
 
 
@@ -58,7 +62,7 @@ def three_daemons(
     galera: Galera, shared: Database, daemon: Start, period: int, quota: int
 ) -> list[Daemon]:
     rules = {"default": {"period": period, "msgquota": quota, "msg": "over quota"}}
-    config = {**shared.config(), "_dbtimeout": DBTIMEOUT, "_loglevel": "INFO"}
+    config = {**shared.config(), "_loglevel": "INFO"}
     return [daemon({**config, "_myhost": galera.hosts(n)}, rules) for n in range(3)]
 
 
@@ -75,7 +79,7 @@ def wait_until_it_counts(running: Daemon) -> None:
     with running.policy() as policy:
         wait_for(
             lambda: policy.ask(sasl_username="probe@example.com", instance="probe") == OK,
-            DBTIMEOUT + 3,
+            LATEST + 2,
             "each daemon counts",
         )
 
@@ -110,7 +114,7 @@ def test_a_node_is_killed_and_comes_back(galera: Galera, shared: Database, daemo
             load.wait(OK, 20, 100)
         assert REFUSED not in {sample.reply for sample in load.samples}, "the quota came too early"
     accepted = use_up(daemons)
-    load.assert_answered(DBTIMEOUT + 1)
+    load.assert_answered(LATEST)
     rows = assert_same_everywhere(galera, shared)
     audit(rows, load.accepted(), lambda _: (3600, quota))
     assert set(accepted) <= {row.instance for row in rows}
@@ -137,12 +141,38 @@ def test_a_node_is_frozen(galera: Galera, shared: Database, daemon: Start) -> No
             load.wait(OK, 20, 100)
         assert REFUSED not in {sample.reply for sample in load.samples}, "the quota came too early"
     accepted = use_up(daemons)
-    load.assert_answered(DBTIMEOUT + 1)
+    load.assert_answered(LATEST)
     rows = assert_same_everywhere(galera, shared)
     ours = [row for row in rows if row.account in SENDERS]
     audit(ours, load.accepted(), lambda _: (3600, quota))
     assert set(accepted) <= {row.instance for row in ours}
     assert len(ours) == quota * len(SENDERS), "exactly the quota"
+
+
+@contextmanager
+def cut_off(node: GaleraNode, database: str) -> Iterator[None]:
+    """A node that runs, but no longer belongs to the cluster."""
+    node.sql("SET GLOBAL wsrep_provider_options = 'gmcast.isolate=1'")
+    look = "SELECT COUNT(*) FROM sends"
+    try:
+        wait_for(lambda: "ERROR 1047" in node._client(look, database).stderr, 20, "not ready")
+        yield
+    finally:
+        node.sql("SET GLOBAL wsrep_provider_options = 'gmcast.isolate=0'")
+
+
+def test_a_node_that_is_not_ready(galera: Galera, shared: Database, daemon: Start) -> None:
+    """Error 1047: its daemon goes on with the next one."""
+    running, *_ = three_daemons(galera, shared, daemon, 3600, 10**6)
+    with Load(running.port, SENDERS, connections=4, pause=0.02) as load:
+        load.wait(OK, 20, 50)
+        with cut_off(galera.nodes[0], shared.name):
+            load.wait(OK, 20, 100)
+            wait_for_log(running, f"connected: .*:{galera.nodes[1].port},")
+        galera.wait_for_size(3)
+        load.wait(OK, 20, 100)
+    load.assert_answered(LATEST)
+    audit(assert_same_everywhere(galera, shared), load.accepted(), lambda _: (3600, 10**6))
 
 
 @pytest.fixture
@@ -166,7 +196,7 @@ def test_clocks_minutes_apart(galera: Galera, clocked: Database, daemon: Start) 
             pause(5)
             load.wait(OK, 20, 100)
             load.wait(REFUSED, 20, 20)
-    load.assert_answered(DBTIMEOUT + 1)
+    load.assert_answered(LATEST)
     rows = assert_same_everywhere(galera, clocked)
     audit(rows, load.accepted(), lambda _: (2, 60))
     wait_for_log(daemons[0], r"a send is dated \d+ s ahead of the clock")

@@ -5,10 +5,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from faults import changed, crowded
 from servers import ROOT, Database, MariaDB, wait_for
 
 import saslquota
@@ -426,9 +427,28 @@ def test_a_file_that_is_no_database_is_told_and_kept(tmp_path: Path, content: by
 # --- Hosts and TLS --------------------------------------------------------------------------------
 
 
-def test_the_next_host_is_taken_when_one_refuses_to_write(
-    database: Database, new_directory: Callable[[], Path]
+def read_only(server: MariaDB, _database: Database) -> AbstractContextManager[None]:
+    """Error 1290."""
+    return changed(server, "read_only", 1)
+
+
+@contextmanager
+def shut_down(server: MariaDB, _database: Database) -> Iterator[None]:
+    """Error 1053, or the connection is just gone."""
+    server.stop()
+    try:
+        yield
+    finally:
+        server.start()
+
+
+@pytest.mark.parametrize("trouble", [read_only, crowded, shut_down])
+def test_the_next_host_is_taken(
+    database: Database,
+    new_directory: Callable[[], Path],
+    trouble: Callable[[MariaDB, Database], AbstractContextManager[None]],
 ) -> None:
+    """And kept when the first one is well again."""
     with MariaDB(new_directory()) as second:
         second.create_database()  # for its user
         table = (ROOT / "mysql.sql").read_text("utf-8")
@@ -436,20 +456,19 @@ def test_the_next_host_is_taken_when_one_refuses_to_write(
         second.sql(f"GRANT ALL ON {database.name}.* TO saslquota@'127.0.0.1'")
         second.sql(table, database.name)
         hosts = (f"127.0.0.1:{database.port}", f"127.0.0.1:{second.port}")
-        config = mysql_config(database, myhost=hosts)
-        store = MySQLStore(config)
+        store = MySQLStore(mysql_config(database, myhost=hosts))
         ledger = Ledger(store, 30 * DAY)
         ledger.open()
-        first = store._hosts[0]
         charge = Charge("a", 1, "", (Window(60, 9),))
-        server = database.server if first == hosts[0] else second
-        server.sql("SET GLOBAL read_only = 1")
-        try:
+        assert ledger.charge([charge], time.monotonic() + 10)[0].accepted
+        with trouble(database.server, database):
             assert ledger.charge([charge], time.monotonic() + 10)[0].accepted
-            assert store._hosts[0] != first
-        finally:
-            server.sql("SET GLOBAL read_only = 0")
-            ledger.close()
+        assert ledger.charge([charge], time.monotonic() + 10)[0].accepted
+        ledger.close()
+        assert (database.count("a"), second.sql("SELECT COUNT(*) FROM sends", database.name)) == (
+            1,
+            "2",
+        )
 
 
 class TLSMariaDB(MariaDB):
