@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from conftest import lone_charge
 from servers import wait_for
 
 from saslquota import Charge, Committer, Ledger, SQLiteStore, Verdict, Window
@@ -34,7 +35,7 @@ def committer(tmp_path: Path) -> Iterator[Committer]:
 
 
 def ask(committer: Committer, windows: tuple[Window, ...] = HOUR, n: int = 1) -> Verdict:
-    verdict = committer.submit(Charge("a", n, "", windows))
+    verdict = committer.submit(lone_charge("a", n, "", windows))
     assert verdict
     return verdict
 
@@ -89,7 +90,8 @@ def test_whoever_waits_when_it_gives_up_gets_the_fallback(tmp_path: Path) -> Non
         locker.open()
         locker._run("BEGIN IMMEDIATE")
         waiting = [
-            pool.submit(committer.submit, Charge(name, 1, "", HOUR)) for name in ("b", "c", "d")
+            pool.submit(committer.submit, lone_charge(name, 1, "", HOUR))
+            for name in ("b", "c", "d")
         ]
         wait_for(lambda: committer._at_work.locked(), 5, "the ledger is at work")
         committer.give_up()
@@ -108,10 +110,10 @@ def test_a_bug_in_the_ledger_costs_only_fallbacks(
 
     with monkeypatch.context() as patch:
         patch.setattr(committer._ledger, "charge", broken)
-        assert committer.submit(Charge("b", 1, "", HOUR)) is None
-        assert committer.submit(Charge("b", 1, "", HOUR)) is None
+        assert committer.submit(lone_charge("b", 1, "", HOUR)) is None
+        assert committer.submit(lone_charge("b", 1, "", HOUR)) is None
     assert committer.is_alive()
-    wait_for(lambda: committer.submit(Charge("b", 1, "", HOUR)), 10, "it counts again")
+    wait_for(lambda: committer.submit(lone_charge("b", 1, "", HOUR)), 10, "it counts again")
 
 
 def test_a_batch_forms_while_another_is_under_way(
@@ -127,9 +129,9 @@ def test_a_batch_forms_while_another_is_under_way(
     ask(committer)
     monkeypatch.setattr(committer._ledger, "charge", slow)
     with ThreadPoolExecutor(21) as pool:
-        first = pool.submit(committer.submit, Charge("b", 1, "", HOUR))
+        first = pool.submit(committer.submit, lone_charge("b", 1, "", HOUR))
         wait_for(lambda: batches, 5, "the first is under way")
-        charges = [Charge(f"user{n}", 1, "", HOUR) for n in range(20)]
+        charges = [lone_charge(f"user{n}", 1, "", HOUR) for n in range(20)]
         others = [pool.submit(committer.submit, one) for one in charges]
         wait_for(lambda: committer._jobs.qsize() >= 19, 5, "the others wait")
         go_on.set()
@@ -140,12 +142,12 @@ def test_a_batch_forms_while_another_is_under_way(
 def test_nobody_waits_for_a_store_that_is_known_to_be_down(tmp_path: Path) -> None:
     committer = Committer(Ledger(SQLiteStore(tmp_path / "none" / "x.db", 1), 30 * DAY), 30)
     committer.start()
-    assert committer.submit(Charge("a", 1, "", HOUR)) is None
+    assert committer.submit(lone_charge("a", 1, "", HOUR)) is None
     start = time.monotonic()
-    assert [committer.submit(Charge("a", 1, "", HOUR)) for _ in range(100)] == [None] * 100
+    assert [committer.submit(lone_charge("a", 1, "", HOUR)) for _ in range(100)] == [None] * 100
     assert time.monotonic() - start < 5
     (tmp_path / "none").mkdir()
-    wait_for(lambda: committer.submit(Charge("a", 1, "", HOUR)), 10, "the store is there")
+    wait_for(lambda: committer.submit(lone_charge("a", 1, "", HOUR)), 10, "the store is there")
     committer.stop(10)
 
 
@@ -157,7 +159,7 @@ def test_a_purge_goes_on_beside_the_requests(
     ledger = Ledger(SQLiteStore(path, 1), 1)
     windows = (Window(1, 10_000),)
     for _ in range(3):
-        ledger.charge([Charge("a", 1, "", windows)] * 400, time.monotonic() + 10)
+        ledger.charge([lone_charge("a", 1, "", windows)] * 400, time.monotonic() + 10)
     ledger.close()
     committer = Committer(Ledger(SQLiteStore(path, 1), 1), 10)
     committer.start()
@@ -168,7 +170,7 @@ def test_a_purge_goes_on_beside_the_requests(
         return int(store._run("SELECT COUNT(*) FROM sends WHERE account = 'a'")[0][0])
 
     def worked() -> bool:
-        assert committer.submit(Charge("b", 1, "", windows))
+        assert committer.submit(lone_charge("b", 1, "", windows))
         committer._due = 0.0  # the next purge is due
         return left() < 1000
 

@@ -330,5 +330,5 @@ def test_the_line_of_a_refused_send(policy: Policy, login: str, quota: str) -> N
     assert verdict_line(sent, answer) == (
         f"sasl_username={login}, rcpt=b@y.br, rule={answer.rule.key}, quota {quota},"
         " period=3600, action=REJECT, sender=a@x.br, client_address=192.0.2.1,"
-        f" instance=123.456.789.0, msg={answer.rule.msg}"
+        f" instance=123.456.789.0, msg={answer.msg}"
     )
