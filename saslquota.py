@@ -429,32 +429,35 @@ class Rule(NamedTuple):
         return f"each sender of a domain{wild}" if wild else f"each sender of {self.key}"
 
 
+STRANGE = "\ue000"  # a character that no key holds
 WILDCARD = re.compile(r"[*?[]")  # of fnmatch
+WILDCARDS = re.compile(r"\*|\?|\[!?.[^]]*\]?")  # each with all that belongs to it
 Ranked = tuple[int, int, Rule]  # the longest pattern sorts first; of two as long, the first
 
 
 class Patterns:
-    """Rules whose keys hold wildcards. Each is filed under the text before its first wildcard and
-    the text after its last: few need a closer look, however many there are."""
+    """Rules whose keys hold wildcards. Each is filed under the rarest text between them: few need a
+    closer look, however many there are."""
 
     def __init__(self, rules: Iterable[Rule]) -> None:
-        self._filed: dict[tuple[str, str], list[Ranked]] = {}
-        for number, rule in enumerate(rules):
-            head, *_, tail = re.split(r"\*|\?|\[!?.[^]]*\]?", rule.key)
-            self._filed.setdefault((head, tail), []).append((-len(rule.key), number, rule))
-        self._shapes = {(len(head), len(tail)) for head, tail in self._filed}
+        self.ranked = [(-len(rule.key), number, rule) for number, rule in enumerate(rules)]
+        texts = [set(WILDCARDS.split(rule.key)) - {""} or {""} for *_, rule in self.ranked]
+        common = collections.Counter(itertools.chain.from_iterable(texts))
+        self._filed: dict[str, list[Ranked]] = {}
+        for some, ranked in zip(texts, self.ranked, strict=True):
+            rarest = min(some, key=lambda text: (common[text], -len(text)))
+            self._filed.setdefault(rarest, []).append(ranked)
+        self._lengths = {len(text) for text in self._filed}
         self.select = functools.lru_cache(CACHED_ACCOUNTS)(self._select)
-
-    def __iter__(self) -> Iterator[Ranked]:
-        return itertools.chain.from_iterable(self._filed.values())
 
     def matching(self, name: str) -> list[Ranked]:
         """The rules that match a login or a domain in lower case."""
-        near = [
-            ranked
-            for head, tail in self._shapes
-            for ranked in self._filed.get((name[:head], name[len(name) - tail :]), ())
-        ]
+        texts = {
+            name[start : start + length]
+            for length in self._lengths
+            for start in range(len(name) - length + 1)
+        }
+        near = [ranked for text in texts for ranked in self._filed.get(text, ())]
         return [ranked for ranked in near if fnmatch.fnmatchcase(name, ranked[2].key)]
 
     def _select(self, name: str) -> Rule | None:
@@ -570,6 +573,7 @@ RULE_FIELDS: dict[str, Callable[[Any], Any]] = {
     "action": one_of("REJECT", "DEFER"),
     "enforce": read_flag,
 }
+BUILT_IN = Window(0, 0, msg="sending quota exceeded, try again later")
 Where = Callable[..., str]  # the place of keys in the file
 
 
@@ -636,22 +640,26 @@ def key_trouble(key: str) -> str:
 
 def shadowed(patterns: Patterns) -> Iterator[tuple[str, str]]:
     """The keys that can never be selected, each with one that comes before it and matches all that
-    it matches: it matches also with no text at all, or any amount of strange text, for each *.
+    it matches: it matches also with no text at all, or a lot of strange text, for each *.
+
     Only a key with two wildcards can be longer and still match as much. (Sets as in [ab] are left
-    out: it would take more to say what they match.)"""
-    plain = [ranked for ranked in patterns if "[" not in ranked[2].key]
-    broad = Patterns(rule for *_, rule in plain if len(WILDCARD.findall(rule.key)) > 1)
+    out: it would take more to say what they match. So are thousands of such keys: too much time.)
+    """
+    plain = [ranked for ranked in patterns.ranked if "[" not in ranked[2].key]
+    broad = [rule for *_, rule in plain if len(WILDCARD.findall(rule.key)) > 1]
+    if not 0 < len(broad) <= 1000:
+        return
+    others = Patterns(broad)
     ranks = {rule.key: (length, number) for length, number, rule in plain}
-    strange = "\ue000"
+    much = STRANGE * (2 + max(rule.key.count("?") for rule in broad))
     for length, number, rule in plain:
-        samples = [
-            rule.key.replace("*", text).replace("?", strange)
-            for text in ("", strange, strange * MAX_ACCOUNT)
+        shortest, *longer = [
+            rule.key.replace("*", text).replace("?", STRANGE) for text in ("", STRANGE, much)
         ]
-        common = [{found.key for *_, found in broad.matching(sample)} for sample in samples]
-        for other in set.intersection(*common):
-            if ranks[other] < (length, number):
-                yield rule.key, other
+        for *_, other in others.matching(shortest):
+            first = ranks[other.key] < (length, number)
+            if first and all(fnmatch.fnmatchcase(name, other.key) for name in longer):
+                yield rule.key, other.key
 
 
 def read_rule(
@@ -661,19 +669,20 @@ def read_rule(
 
     Raises ConfigError.
     """
-    several = isinstance(value, list)
-    if several and not 1 <= len(value) <= MAX_WINDOWS:
+    if not isinstance(value, list):
+        return Rule(
+            name, (read_window(name, value, base, retention, functools.partial(where, key)),)
+        )
+    if not 1 <= len(value) <= MAX_WINDOWS:
         raise ConfigError(f"{where(key)}: must have from 1 to {MAX_WINDOWS} windows")
     windows = [
-        read_window(name, fields, base, retention, functools.partial(where, key, *number))
-        for fields, number in (
-            [(f, [n]) for n, f in enumerate(value)] if several else [(value, [])]
-        )
+        read_window(name, fields, base, retention, functools.partial(where, key, number))
+        for number, fields in enumerate(value)
     ]
     for number, window in enumerate(windows):
         if window.count != windows[0].count:
-            place = where(key, number, "count")
-            raise ConfigError(f"{place}: must be the same in all windows of a rule")
+            here = where(key, number, "count")
+            raise ConfigError(f"{here}: must be the same in all windows of a rule")
     return Rule(name, tuple(windows))
 
 
@@ -681,11 +690,7 @@ def read_window(name: str, fields: Any, base: Rule | None, retention: int, where
     """One window out of what JSON held for it. Raises ConfigError."""
     if not isinstance(fields, dict):
         raise ConfigError(f'{where()}: must be {{"period": ..., "msgquota": ..., "msg": ...}}')
-    values: dict[str, Any] = {"msg": "sending quota exceeded, try again later"}
-    if base:
-        values = dataclasses.asdict(base.windows[0])
-        if len(base.windows) > 1:  # which of them would it be?
-            del values["period"], values["msgquota"]
+    values: dict[str, Any] = {}
     for field, value in fields.items():
         if field not in RULE_FIELDS:
             raise ConfigError(f"{where(field)}: {unknown(field, RULE_FIELDS)}")
@@ -693,14 +698,16 @@ def read_window(name: str, fields: Any, base: Rule | None, retention: int, where
             values[field] = RULE_FIELDS[field](value)
         except ValueError as error:
             raise ConfigError(f"{where(field)}: must be {error}") from None
-    for field in ("period", "msgquota"):
-        if field not in values:
-            why = ', and "default" has several windows' if base else ""
-            raise ConfigError(f'{where()}: "{field}" is missing{why}: write it')
-    if values["period"] > retention:
+    if not base or len(base.windows) > 1:  # of which it cannot be said which is meant
+        why = ', and "default" has several windows' if base else ""
+        for field in ("period", "msgquota"):
+            if field not in values:
+                raise ConfigError(f'{where()}: "{field}" is missing{why}: write it')
+    window = dataclasses.replace(base.windows[0] if base else BUILT_IN, rule=name, **values)
+    if window.period > retention:
         days = f"_retentiondays keeps sends for {retention} seconds only"
         raise ConfigError(f"{where('period')}: too long, {days}")
-    return Window(**{**values, "rule": name})
+    return window
 
 
 class RulesFile:
