@@ -58,8 +58,11 @@ def test_the_shipped_rules() -> None:
     path = ROOT / "quotarules.json"
     shipped = [("default", 120, 500), ("localhost", 1200, 5000), ("root@localhost", 300, 50)]
     assert json.loads(path.read_text("utf-8")) == {
-        key: {"period": period, "msgquota": quota, "msg": f" {SENTENCE.format(quota, period)} "}
-        for key, period, quota in shipped
+        "$schema": "schema/quotarules.schema.json",
+        **{
+            key: {"period": period, "msgquota": quota, "msg": f" {SENTENCE.format(quota, period)} "}
+            for key, period, quota in shipped
+        },
     }
     assert list(load_rules(path, RETENTION)) == [
         Rule(key, (Window(period, quota, key, SENTENCE.format(quota, period)),))
