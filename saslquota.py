@@ -7,9 +7,12 @@ SYNOPSIS
 
 DESCRIPTION
     saslquota answers Postfix's check_policy_service on submission and smtps. For each request it
-    takes sasl_username, picks a rule from quotarules.json (the full address, else its domain, else
-    "default"), counts that sender's sends within the rule's sliding period in MySQL or in an
-    embedded SQLite file, and answers action=OK or action=REJECT with the rule's message.
+    takes sasl_username, picks a rule from quotarules.json (the full address, else a pattern for
+    addresses, else its domain, else a pattern for domains, else "default"), counts that sender's
+    sends within the rule's sliding periods in MySQL or in an embedded SQLite file, and answers
+    action=OK, or action=REJECT or action=DEFER with the rule's message. Rules for "@domain" and "*"
+    limit all senders of a domain, or of the service, together: a send is charged to its sender and
+    to these pools, or to none.
 
     -c FILE    the configuration (default: saslquota.json beside this script)
     --check    read configuration and rules, look at the store, say what was found and what each
@@ -20,13 +23,24 @@ PROTOCOL
     Postfix's SMTPD_POLICY_README: name=value lines, closed by an empty line; any number of requests
     on one connection, which the server never closes first: Postfix would wait a second before the
     next request. An empty request ends the session. MAIL and RCPT cost 1, DATA and END-OF-MESSAGE
-    max(1, recipient_count); the other states cost nothing. Malformed input gets no reply: it is
+    max(1, recipient_count); the other states cost nothing. Where a rule says "count": "messages", a
+    message costs 1 however often it is asked about: the connection remembers the last one by its
+    sender and instance. Malformed input gets no reply: it is
     logged and the connection closed.
 
 CONFIGURATION
     saslquota.json holds the settings (class Config lists them), quotarules.json the rules. An
     environment variable of a setting's name overrides it. The rules are read again when their file
-    changes; a broken file keeps the rules that were in force.
+    changes; a broken file keeps the rules that were in force. A rule is an object, or a list of
+    objects that must all have room, with these fields, which default to those of "default":
+
+    period     seconds, or a time such as "90s", "10m", "1h", "1d" or "1w"
+    msgquota   how much may be sent in any period of that length; "unlimited", or 0 for nothing
+    msg        the text of a refusal; {sasl_username}, {rule}, {used}, {msgquota}, {period} and
+               {retry_after} are filled in, and {{ and }} stand for a brace
+    count      "recipients", or "messages"
+    action     "REJECT", or "DEFER": 450 in place of 554
+    enforce    false: count, log "action=REJECT (not enforced)", and accept
 
 SIGNALS
     SIGHUP            read the rules now
@@ -39,6 +53,7 @@ DIAGNOSTICS
 
 FILES
     saslquota.json, quotarules.json    settings and rules
+    schema/                            JSON Schemas of both, for editors; not needed to run
     mysql.sql                          the table, for MySQL and MariaDB (SQLite's is made by itself)
     saslquota.db                       the embedded ledger
 """
