@@ -11,7 +11,7 @@ import pytest
 from conftest import lone_charge
 from servers import wait_for
 
-from saslquota import Charge, Committer, Ledger, SQLiteStore, Verdict, Window
+from saslquota import Charge, Committer, Ledger, Part, SQLiteStore, Verdict, Window
 
 DAY = 86_400
 HOUR = (Window(3600, 2),)
@@ -53,6 +53,28 @@ def test_a_refusal_is_repeated_without_the_ledger(
 def test_a_smaller_charge_is_not_refused_for_a_larger_one(committer: Committer) -> None:
     assert not ask(committer, n=3).accepted
     assert ask(committer, n=2).accepted
+
+
+def test_a_larger_charge_is_told_its_own_moment(committer: Committer) -> None:
+    """And one that may meet another window is looked at."""
+    windows = (Window(3600, 2, msg="{retry_after}"),)
+    assert [ask(committer, windows).accepted for _ in range(3)] == [True, True, False]
+    first = ask(committer, windows)
+    assert first.retry is not None
+    assert first == ask(committer, windows)
+    assert ask(committer, windows, n=3).retry == float("inf")
+    several = (Window(60, 3), Window(3600, 4))
+    assert ask(committer, several, n=2).window == several[0]
+    assert ask(committer, several, n=3).window == several[1]
+
+
+def test_a_refusal_by_a_pool_is_none_without_it(committer: Committer) -> None:
+    full = Part("POOL *", 1, (Window(3600, 0),))
+    own = Part("a", 1, HOUR)
+    refused = committer.submit(Charge("", (own, full)))
+    assert refused
+    assert not refused.accepted
+    assert ask(committer).accepted
 
 
 def test_another_rule_ends_the_refusals(committer: Committer) -> None:
