@@ -600,35 +600,38 @@ def load_rules(path: Path, retention: int) -> Rules:
     found, content = load_json(path)
     drop_schema(path, content, found)
     where: Where = functools.partial(place, path, content)
-    keys: dict[str, str] = {}  # as they are compared: as they are written
+    keys = read_keys(found, where)
+    if "default" not in keys:
+        raise ConfigError(f'{path}: the rule "default" is missing')
+    default = keys["default"]
+    base = read_rule("default", default, found[default], None, retention, where)
+    rules = {
+        name: read_rule(name, key, found[key], base, retention, where) if key != default else base
+        for name, key in keys.items()
+    }
+    selected = Rules(rules)
+    for patterns in (selected.addresses, selected.domains):
+        for name, other in shadowed(patterns):
+            first = json.dumps(other, ensure_ascii=False)
+            complaint = f"never selected, {first} comes first and matches as much"
+            raise ConfigError(f"{where(keys[name])}: {complaint}")
+    return selected
+
+
+def read_keys(found: Iterable[str], where: Where) -> dict[str, str]:
+    """The keys of the rules as they are compared, each with how it is written. Raises
+    ConfigError."""
+    keys: dict[str, str] = {}
     for key in found:
         name = key.strip().lower()
         if name in keys:
             other = json.dumps(keys[name], ensure_ascii=False)
-            raise ConfigError(
-                f"{where(key)}: the same key as {other} but for case and spaces, remove one"
-            )
+            same = f"the same key as {other} but for case and spaces, remove one"
+            raise ConfigError(f"{where(key)}: {same}")
         if trouble := key_trouble(name):
             raise ConfigError(f"{where(key)}: {trouble}")
         keys[name] = key
-    if "default" not in keys:
-        raise ConfigError(f'{path}: the rule "default" is missing')
-    base = read_rule("default", keys["default"], found[keys["default"]], None, retention, where)
-    rules = Rules(
-        {
-            name: base
-            if name == "default"
-            else read_rule(name, key, found[key], base, retention, where)
-            for name, key in keys.items()
-        }
-    )
-    for patterns in (rules.addresses, rules.domains):
-        for rule, other in shadowed(patterns):
-            text = json.dumps(other, ensure_ascii=False)
-            raise ConfigError(
-                f"{where(keys[rule])}: never selected, {text} comes first and matches as much"
-            )
-    return rules
+    return keys
 
 
 def key_trouble(key: str) -> str:

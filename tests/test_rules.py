@@ -7,6 +7,7 @@ holds files that must be taken, each beside the rule that some logins must get.
 import json
 import logging
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,28 @@ def test_the_shipped_rules() -> None:
 def test_the_shipped_rules_are_readable_in_the_file() -> None:
     """An administrator edits `Você`, not `Voc\\u00ea`."""
     assert "Você já mandou" in (ROOT / "quotarules.json").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        pytest.param("user{}@example.com", id="addresses"),
+        pytest.param("newsletter-*@d{}.example.com", id="same-beginning"),
+        pytest.param("*-{}-*@example.com", id="same-end"),
+        pytest.param("*.d{}.example.com", id="domains"),
+    ],
+)
+def test_selection_among_100_000_rules(tmp_path: Path, key: str) -> None:
+    """A look at every pattern would take minutes."""
+    path = tmp_path / "quotarules.json"
+    found = {key.format(n): {"msgquota": 1} for n in range(100_000)}
+    path.write_text(json.dumps({"default": {"period": 60, "msgquota": 9}, **found}), "utf-8")
+    rules = load_rules(path, RETENTION)
+    logins = [key.format(n).replace("*", "x").replace("x.", "x@x.") for n in range(0, 100_000, 100)]
+    began = time.monotonic()
+    selected = [rules.select(login) for login in logins]
+    assert time.monotonic() - began < 5
+    assert [rule.key for rule in selected] == [key.format(n) for n in range(0, 100_000, 100)]
 
 
 # --- Reading them again ---------------------------------------------------------------------------

@@ -125,6 +125,20 @@ def test_oldest_gives_time_and_total_before_of_the_epoch(new_store: OpenStore) -
     assert (second, late, b, c) == ([(now + 41, 0)], [], [(now, 0)], [])
 
 
+def test_when_a_total_was_reached(new_store: OpenStore) -> None:
+    """By the first send of the epoch, and of the window, that came to it."""
+    store = new_store()
+    now = store.now()
+    store.append([row("POOL *", n, now + n, recipients=3, total=3 * n) for n in range(1, 41)])
+    store.append([row("POOL *", 41, now + 41, epoch=2, recipients=0, total=0)])
+    assert store.reached("POOL *", 1, now, 60) == now + 20
+    assert store.reached("POOL *", 1, now, 61) == now + 21
+    assert store.reached("POOL *", 1, now + 30, 61) == now + 30
+    assert store.reached("POOL *", 1, now, 121) is None
+    assert store.reached("POOL *", 2, now, 1) is None
+    assert store.reached("POOL @x", 1, now, 1) is None
+
+
 def test_a_taken_seq_is_a_conflict_and_writes_nothing(new_store: OpenStore) -> None:
     store, other = new_store(), new_store()
     now = store.now()
