@@ -463,7 +463,6 @@ class Patterns:
             rarest = min(some, key=lambda text: (common[text], -len(text)))
             self._filed.setdefault(rarest, []).append(ranked)
         self._lengths = {len(text) for text in self._filed}
-        self.select = functools.lru_cache(CACHED_ACCOUNTS)(self._select)
 
     def matching(self, name: str) -> list[Ranked]:
         """The rules that match a login or a domain in lower case."""
@@ -475,7 +474,7 @@ class Patterns:
         near = [ranked for text in texts for ranked in self._filed.get(text, ())]
         return [ranked for ranked in near if fnmatch.fnmatchcase(name, ranked[2].key)]
 
-    def _select(self, name: str) -> Rule | None:
+    def select(self, name: str) -> Rule | None:
         return min(self.matching(name), default=(0, 0, None))[2]
 
 
@@ -492,6 +491,7 @@ class Rules:
         wild = [rule for rule in single if rule.key not in self._exact]
         self.addresses = Patterns(rule for rule in wild if "@" in rule.key)
         self.domains = Patterns(rule for rule in wild if "@" not in rule.key)
+        self.every = functools.lru_cache(CACHED_ACCOUNTS)(self._every)
 
     def select(self, login: str) -> Rule:
         """The rule of a login in lower case: that of its full address, of a pattern for addresses,
@@ -504,6 +504,10 @@ class Rules:
             or self.domains.select(domain)
             or self._default
         )
+
+    def _every(self, login: str) -> tuple[Rule, ...]:
+        """A login's own rule, and the pools above it; as `every` it remembers them."""
+        return (self.select(login), *self.pools(login))
 
     def pools(self, login: str) -> tuple[Rule, ...]:
         """The pools that a login in lower case belongs to: its domain's, then the whole service."""
@@ -995,18 +999,13 @@ class Account:
 
 
 class Found(NamedTuple):
-    """What is used of one window of a part, and whether it has room for it."""
+    """What is used of one window of a part."""
 
     part: Part
     window: Window
     used: int
     total: int  # of the account, with what this batch has accepted
 
-    @property
-    def over(self) -> bool:
-        return self.used + self.part.recipients > self.window.msgquota
-
-    @property
     def fullness(self) -> float:
         return (self.used + self.part.recipients) / (self.window.msgquota or 1)
 
@@ -1106,17 +1105,19 @@ class Ledger:
         return account.append(cost, instance, max(now, account.at), token)
 
     def _judge(self, charge: Charge, pools: Mapping[str, tuple[int, str]], now: int) -> Verdict:
-        found = []
+        found, over = [], []
         for part in charge.parts:
             account = self._accounts[part.account]
             pending = pools[part.account][0] if part.account in pools else 0
             for window in part.windows:
                 used = account.used(window.period, max(now, account.at))
                 assert used is not None, "_refresh has read what was unknown"
-                found.append(Found(part, window, used + pending, account.total + pending))
-        over = [one for one in found if one.over]
+                one = Found(part, window, used + pending, account.total + pending)
+                found.append(one)
+                if one.used + part.recipients > window.msgquota:
+                    over.append(one)
         if not over:
-            one = found[0] if len(found) == 1 else max(found, key=lambda one: one.fullness)
+            one = found[0] if len(found) == 1 else max(found, key=Found.fullness)
             return Verdict(True, one.used + one.part.recipients, one.window)
         enforced = [one for one in over if one.window.enforce]
         one, retry = self._longest(enforced or over, now)
@@ -1866,8 +1867,7 @@ class Policy:
         if len(account) > MAX_ACCOUNT:
             return Answer("REJECT login name too long", reason="sasl_username is too long")
         instance = valid(request.instance)[:MAX_INSTANCE]
-        every = self._rules.rules
-        rules = (every.select(account), *every.pools(account))
+        rules = self._rules.rules.every(account)
         message = message or Message()
         message.begin(account, instance, rules)
         if message.answer:
