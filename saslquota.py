@@ -7,9 +7,12 @@ SYNOPSIS
 
 DESCRIPTION
     saslquota answers Postfix's check_policy_service on submission and smtps. For each request it
-    takes sasl_username, picks a rule from quotarules.json (the full address, else its domain, else
-    "default"), counts that sender's sends within the rule's sliding period in MySQL or in an
-    embedded SQLite file, and answers action=OK or action=REJECT with the rule's message.
+    takes sasl_username, picks a rule from quotarules.json (the full address, else a pattern for
+    addresses, else its domain, else a pattern for domains, else "default"), counts that sender's
+    sends within the rule's sliding periods in MySQL or in an embedded SQLite file, and answers
+    action=OK, or action=REJECT or action=DEFER with the rule's message. Rules for "@domain" and "*"
+    limit all senders of a domain, or of the service, together: a send is charged to its sender and
+    to these pools, or to none.
 
     -c FILE    the configuration (default: saslquota.json beside this script)
     --check    read configuration and rules, look at the store, say what was found and what each
@@ -20,13 +23,24 @@ PROTOCOL
     Postfix's SMTPD_POLICY_README: name=value lines, closed by an empty line; any number of requests
     on one connection, which the server never closes first: Postfix would wait a second before the
     next request. An empty request ends the session. MAIL and RCPT cost 1, DATA and END-OF-MESSAGE
-    max(1, recipient_count); the other states cost nothing. Malformed input gets no reply: it is
+    max(1, recipient_count); the other states cost nothing. Where a rule says "count": "messages", a
+    message costs 1 however often it is asked about: the connection remembers the last one by its
+    sender and instance. Malformed input gets no reply: it is
     logged and the connection closed.
 
 CONFIGURATION
     saslquota.json holds the settings (class Config lists them), quotarules.json the rules. An
     environment variable of a setting's name overrides it. The rules are read again when their file
-    changes; a broken file keeps the rules that were in force.
+    changes; a broken file keeps the rules that were in force. A rule is an object, or a list of
+    objects that must all have room, with these fields, which default to those of "default":
+
+    period     seconds, or a time such as "90s", "10m", "1h", "1d" or "1w"
+    msgquota   how much may be sent in any period of that length; "unlimited", or 0 for nothing
+    msg        the text of a refusal; {sasl_username}, {rule}, {used}, {msgquota}, {period} and
+               {retry_after} are filled in, and {{ and }} stand for a brace
+    count      "recipients", or "messages"
+    action     "REJECT", or "DEFER": 450 in place of 554
+    enforce    false: count, log "action=REJECT (not enforced)", and accept
 
 SIGNALS
     SIGHUP            read the rules now
@@ -39,6 +53,7 @@ DIAGNOSTICS
 
 FILES
     saslquota.json, quotarules.json    settings and rules
+    schema/                            JSON Schemas of both, for editors; not needed to run
     mysql.sql                          the table, for MySQL and MariaDB (SQLite's is made by itself)
     saslquota.db                       the embedded ledger
 """
@@ -52,6 +67,7 @@ import ctypes
 import dataclasses
 import difflib
 import errno
+import fnmatch
 import functools
 import importlib
 import ipaddress
@@ -59,6 +75,7 @@ import itertools
 import json
 import logging
 import logging.handlers
+import math
 import os
 import queue
 import random
@@ -74,7 +91,7 @@ import sys
 import threading
 import time
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,8 +102,9 @@ MAX_ATTRIBUTES = 256  # Postfix 3.7 sends 31
 MAX_RECIPIENTS = 1_000_000  # in one request; Postfix's own limit is 1,000 by default
 MAX_ACCOUNT = 320  # characters; the column's width: 64 of a local part, @, 255 of a domain
 MAX_INSTANCE = 64  # characters; the column's width
+POOL = "POOL "  # begins the account of a pool; logins are in lower case, so none begins with it
 MAX_REPLY = 400  # bytes; an SMTP reply line has 512 with its codes (RFC 5321, 4.5.3.1.5)
-MAX_BATCH = 500  # charges in one INSERT; SQLite takes 32,766 variables, eight for each
+MAX_BATCH = 500  # charges in one INSERT; SQLite takes 32,766 variables, eight for each and its pool
 SPAN_ROWS = 32  # the oldest sends of a window that are remembered, at the most
 TAIL_ROWS = 8  # the newest sends of an account that come with its head: most windows hold no more
 PROBES = 16  # sends looked at in one step of a search
@@ -286,6 +304,7 @@ def load_json(path: Path) -> tuple[dict[str, Any], str]:
     try:
         content = path.read_text(encoding="utf-8-sig")
         found = json.loads(content, object_pairs_hook=JSONObject, parse_int=parse_int)
+        everywhere = list(objects(found))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -297,11 +316,20 @@ def load_json(path: Path) -> tuple[dict[str, Any], str]:
         raise ConfigError(f"{path}: nested too deep") from None
     if not isinstance(found, JSONObject):
         raise ConfigError(f'{path}: must hold one object, {{ "name": value, ... }}')
-    for keys, value in [((), found), *(((key,), value) for key, value in found.items())]:
-        if isinstance(value, JSONObject) and value.repeated:
+    for keys, value in everywhere:
+        if value.repeated:
             where = place(path, content, *keys, value.repeated[0])
-            raise ConfigError(f"{where}: the key stands here more than once")
+            raise ConfigError(f"{where}: the key stands here more than once, remove all but one")
     return found, content
+
+
+def objects(value: Any, *keys: str | int) -> Iterator[tuple[tuple[str | int, ...], JSONObject]]:
+    """The object, and those in it and in its lists, each after the keys that lead to it."""
+    if isinstance(value, JSONObject):
+        yield keys, value
+    if isinstance(value, JSONObject | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from objects(inner, *keys, key)
 
 
 def parse_int(digits: str) -> float:
@@ -309,15 +337,24 @@ def parse_int(digits: str) -> float:
     return int(digits) if len(digits) < 20 else float(digits)
 
 
-def place(path: Path, content: str, *keys: str) -> str:
-    """Where a key stands, for messages: file, line and the keys that lead to it."""
+def place(path: Path, content: str, *keys: str | int) -> str:
+    """Where a key stands, for messages: file, line and the keys that lead to it. A number is that
+    of an object in a list: a rule's window."""
     at = 0
     for key in keys:
+        if isinstance(key, int):
+            tokens = re.compile(r'"(?:[^"\\]|\\.)*"|\{').finditer(content, at)
+            braces = (token.start() for token in tokens if token[0] == "{")
+            at = next(itertools.islice(braces, key, None), at)
+            continue
         spelled = "|".join(re.escape(json.dumps(key, ensure_ascii=a)) for a in (True, False))
         found = re.compile(rf"(?:{spelled})\s*:").search(content, at)
         at = found.start() if found else at
     line = content.count("\n", 0, at) + 1
-    return f"{path}, line {line}: " + ": ".join(json.dumps(k, ensure_ascii=False) for k in keys)
+    names = [
+        f"window {k + 1}" if isinstance(k, int) else json.dumps(k, ensure_ascii=False) for k in keys
+    ]
+    return f"{path}, line {line}: " + ": ".join(names)
 
 
 def unknown(name: str, known: Iterable[str]) -> str:
@@ -326,10 +363,17 @@ def unknown(name: str, known: Iterable[str]) -> str:
     return f"unknown; did you mean {json.dumps(near[0])}?" if near else "unknown"
 
 
+def drop_schema(path: Path, content: str, found: dict[str, Any]) -> None:
+    """Take away "$schema", by which editors find what a file may hold. Raises ConfigError."""
+    if not isinstance(found.pop("$schema", ""), str):
+        raise ConfigError(f"{place(path, content, '$schema')}: must be a text in quotes")
+
+
 def load_config(path: Path, environ: Mapping[str, str]) -> Config:
     """Read saslquota.json; variables of the environment win. Raises ConfigError."""
     found, content = load_json(path)
     fields = {f"_{f.name}": f for f in dataclasses.fields(Config) if "read" in f.metadata}
+    drop_schema(path, content, found)
     for name in found:
         if name not in fields:
             raise ConfigError(f"{place(path, content, name)}: {unknown(name, fields)}")
@@ -348,86 +392,355 @@ def load_config(path: Path, environ: Mapping[str, str]) -> Config:
 # --- Rules ----------------------------------------------------------------------------------------
 
 
-class Window(NamedTuple):
-    """So many recipients in any period of so many seconds."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Window:
+    """So many recipients, or messages, in any period of so many seconds; and what happens beyond
+    that."""
 
     period: int
-    msgquota: int
+    msgquota: float  # math.inf: no limit
+    rule: str = ""  # the key of its rule
+    msg: str = ""  # a template, see PLACEHOLDERS
+    action: str = "REJECT"
+    enforce: bool = True  # else it is only logged
+    count: str = "recipients"
+
+    @property
+    def limit(self) -> str:
+        return "unlimited" if self.msgquota == math.inf else str(self.msgquota)
 
     def __str__(self) -> str:
-        return f"{self.msgquota} in {self.period} s"
+        return f"{self.limit} in {self.period} s"
+
+    def words(self) -> str:
+        """What the window means, for --check."""
+        time = f"{self.period} seconds"
+        if self.period >= 120:
+            time += f" ({format_time(self.period)})"
+        if self.msgquota == math.inf:
+            return f"any number of {self.count}, counted over {time}"
+        words = f"{self.limit} {self.count} in any {time}; beyond that"
+        if not self.enforce:
+            return f"{words} accepted (not enforced), logged as {self.action}: {self.msg}"
+        return f"{words}{', for now (DEFER)' if self.action == 'DEFER' else ''}: {self.msg}"
 
 
 class Rule(NamedTuple):
-    """What a sender may send, and the text of the refusal beyond that."""
+    """The windows that must all have room for a send."""
 
     key: str
     windows: tuple[Window, ...]
-    msg: str
+
+    @property
+    def pool(self) -> bool:
+        """Whether it limits all its senders taken together."""
+        return self.key == "*" or self.key.startswith("@")
+
+    @property
+    def per_message(self) -> bool:
+        return self.windows[0].count == "messages"
+
+    def senders(self) -> str:
+        """Whom the rule is about, for --check."""
+        if self.pool:
+            if self.key == "*":
+                return "a pool, all senders together"
+            together = f"a pool, all senders of {self.key[1:]} together"
+            return f"{together} (not each by itself, as @ means elsewhere in Postfix)"
+        if self.key == "default":
+            return "each sender without another rule"
+        wild = " that matches" if WILDCARD.search(self.key) else ""
+        if "@" in self.key:
+            return f"each sender{wild}" if wild else "this sender"
+        return f"each sender of a domain{wild}" if wild else f"each sender of {self.key}"
+
+
+STRANGE = "\ue000"  # a character that no key holds
+WILDCARD = re.compile(r"[*?[]")  # of fnmatch
+WILDCARDS = re.compile(r"\*|\?|\[!?.[^]]*\]?")  # each with all that belongs to it
+Ranked = tuple[int, int, Rule]  # the longest pattern sorts first; of two as long, the first
+
+
+class Patterns:
+    """Rules whose keys hold wildcards. Each is filed under the rarest text between them: few need a
+    closer look, however many there are."""
+
+    def __init__(self, rules: Iterable[Rule]) -> None:
+        self.ranked = [(-len(rule.key), number, rule) for number, rule in enumerate(rules)]
+        texts = [set(WILDCARDS.split(rule.key)) - {""} or {""} for *_, rule in self.ranked]
+        common = collections.Counter(itertools.chain.from_iterable(texts))
+        self._filed: dict[str, list[Ranked]] = {}
+        for some, ranked in zip(texts, self.ranked, strict=True):
+            rarest = min(some, key=lambda text: (common[text], -len(text)))
+            self._filed.setdefault(rarest, []).append(ranked)
+        self._lengths = {len(text) for text in self._filed}
+
+    def matching(self, name: str) -> list[Ranked]:
+        """The rules that match a login or a domain in lower case."""
+        texts = {
+            name[start : start + length]
+            for length in self._lengths
+            for start in range(len(name) - length + 1)
+        }
+        near = [ranked for text in texts for ranked in self._filed.get(text, ())]
+        return [ranked for ranked in near if fnmatch.fnmatchcase(name, ranked[2].key)]
+
+    def select(self, name: str) -> Rule | None:
+        return min(self.matching(name), default=(0, 0, None))[2]
 
 
 class Rules:
     """The rules of one quotarules.json."""
 
     def __init__(self, rules: dict[str, Rule]) -> None:
+        """`rules` by their keys, which are in lower case; "default" must be among them."""
         self._rules = rules
         self._default = rules["default"]
+        self._pools = {rule.key: rule for rule in rules.values() if rule.pool}
+        single = [rule for rule in rules.values() if not rule.pool]
+        self._exact = {rule.key: rule for rule in single if not WILDCARD.search(rule.key)}
+        wild = [rule for rule in single if rule.key not in self._exact]
+        self.addresses = Patterns(rule for rule in wild if "@" in rule.key)
+        self.domains = Patterns(rule for rule in wild if "@" not in rule.key)
+        self.every = functools.lru_cache(CACHED_ACCOUNTS)(self._every)
 
-    def select(self, account: str) -> Rule:
-        """The rule of a login in lower case: its full address's, its domain's, or the default."""
-        rule = self._rules.get(account) or self._rules.get(account.rpartition("@")[2])
-        return rule or self._default
+    def select(self, login: str) -> Rule:
+        """The rule of a login in lower case: that of its full address, of a pattern for addresses,
+        of its domain, of a pattern for domains, or the default."""
+        domain = login.rpartition("@")[2]
+        return (
+            self._exact.get(login)
+            or self.addresses.select(login)
+            or self._exact.get(domain)
+            or self.domains.select(domain)
+            or self._default
+        )
 
-    def __iter__(self) -> Any:
+    def _every(self, login: str) -> tuple[Rule, ...]:
+        """A login's own rule, and the pools above it; as `every` it remembers them."""
+        return (self.select(login), *self.pools(login))
+
+    def pools(self, login: str) -> tuple[Rule, ...]:
+        """The pools that a login in lower case belongs to: its domain's, then the whole service."""
+        if not self._pools:
+            return ()
+        _, at, domain = login.rpartition("@")
+        keys = ("@" + domain, "*") if at else ("*",)
+        return tuple(self._pools[key] for key in keys if key in self._pools)
+
+    def __iter__(self) -> Iterator[Rule]:
         return iter(self._rules.values())
 
 
-RULE_FIELDS = {
-    "period": whole(1, 3650 * 86400),  # seconds
-    "msgquota": whole(0, 1_000_000_000),  # recipients
-    "msg": text,
+# Read once for each refusal; the times are written as in postconf(5), "time units".
+PLACEHOLDERS = ("sasl_username", "rule", "used", "msgquota", "period", "retry_after")
+UNITS = {"w": 604_800, "d": 86_400, "h": 3600, "m": 60, "s": 1}  # seconds
+LONGEST = 3650 * 86_400  # seconds
+MAX_WINDOWS = 10  # in one rule
+
+
+def format_time(seconds: int) -> str:
+    """Seconds as 2h5m or 1m30s."""
+    written = ""
+    for unit in "dhms":
+        number, seconds = divmod(seconds, UNITS[unit])
+        written += f"{number}{unit}" if number else ""
+    return written or "0s"
+
+
+def format_wait(seconds: float) -> str:
+    """A time to wait, rounded up: to a second under a minute, else to a minute."""
+    if seconds == math.inf:
+        return "never"
+    rounded = max(1, math.ceil(seconds))
+    return format_time(rounded if rounded < 60 else -(-rounded // 60) * 60)
+
+
+def read_period(value: Any) -> int:
+    """Seconds, or a time as Postfix writes it (postconf(5), "time units")."""
+    if isinstance(value, str) and (found := re.fullmatch(r"\s*([0-9]{1,10})([smhdw]?)\s*", value)):
+        value = int(found[1]) * UNITS[found[2] or "s"]
+    if type(value) is not int or not 1 <= value <= LONGEST:
+        raise ValueError(
+            f'seconds from 1 to {LONGEST}, or a time as "90s", "10m", "1h", "1d", "1w"'
+        )
+    return value
+
+
+def read_msgquota(value: Any) -> float:
+    if isinstance(value, str) and value.strip().casefold() == "unlimited":
+        return math.inf
+    try:
+        return whole(0, 1_000_000_000)(value)
+    except ValueError as error:
+        raise ValueError(f'{error}, or "unlimited"') from None
+
+
+def read_msg(value: Any) -> str:
+    msg = text(value).strip()
+    if CONTROL.search(msg):
+        raise ValueError("one line without control characters")
+    known = "|".join(PLACEHOLDERS)
+    left = re.sub(rf"\{{\{{|\}}\}}|\{{(?:{known})\}}", "", msg)
+    if wrong := re.search(r"\{[^{}]*\}?|\}", left):
+        names = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS)
+        rest = "write {{ or }} for a brace itself"
+        raise ValueError(f"a text with no placeholders but {names}, not {wrong[0]} ({rest})")
+    return msg
+
+
+def read_flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
+
+
+RULE_FIELDS: dict[str, Callable[[Any], Any]] = {
+    "period": read_period,  # seconds
+    "msgquota": read_msgquota,  # recipients or messages
+    "msg": read_msg,
+    "count": one_of("recipients", "messages"),
+    "action": one_of("REJECT", "DEFER"),
+    "enforce": read_flag,
 }
+BUILT_IN = Window(0, 0, msg="sending quota exceeded, try again later")
+Where = Callable[..., str]  # the place of keys in the file
 
 
 def load_rules(path: Path, retention: int) -> Rules:
     """Read quotarules.json; `retention` is how long sends are kept, in seconds.
 
-    Raises ConfigError that names the file, the line, the rule and what is wrong.
+    Raises ConfigError that names the file, the line, the rule, the field and what would be right.
     """
     found, content = load_json(path)
-    rules: dict[str, Rule] = {}
-    for key, fields in found.items():
-        name = key.strip().lower()
-        if name in rules:
-            raise ConfigError(f"{place(path, content, key)}: the same key as another, but for case")
-        rules[name] = read_rule(name, fields, retention, lambda *k: place(path, content, *k), key)
-    if "default" not in rules:
+    drop_schema(path, content, found)
+    where: Where = functools.partial(place, path, content)
+    keys = read_keys(found, where)
+    if "default" not in keys:
         raise ConfigError(f'{path}: the rule "default" is missing')
-    return Rules(rules)
+    default = keys["default"]
+    base = read_rule("default", default, found[default], None, retention, where)
+    rules = {
+        name: read_rule(name, key, found[key], base, retention, where) if key != default else base
+        for name, key in keys.items()
+    }
+    selected = Rules(rules)
+    for patterns in (selected.addresses, selected.domains):
+        for name, other in shadowed(patterns):
+            first = json.dumps(other, ensure_ascii=False)
+            complaint = f"never selected, {first} comes first and matches as much"
+            raise ConfigError(f"{where(keys[name])}: {complaint}")
+    return selected
 
 
-def read_rule(name: str, fields: Any, retention: int, where: Callable[..., str], key: str) -> Rule:
-    """One rule out of what JSON held for it. Raises ConfigError."""
+def read_keys(found: Iterable[str], where: Where) -> dict[str, str]:
+    """The keys of the rules as they are compared, each with how it is written. Raises
+    ConfigError."""
+    keys: dict[str, str] = {}
+    for key in found:
+        name = key.strip().lower()
+        if name in keys:
+            other = json.dumps(keys[name], ensure_ascii=False)
+            same = f"the same key as {other} but for case and spaces, remove one"
+            raise ConfigError(f"{where(key)}: {same}")
+        if trouble := key_trouble(name):
+            raise ConfigError(f"{where(key)}: {trouble}")
+        keys[name] = key
+    return keys
+
+
+def key_trouble(key: str) -> str:
+    """Why no login can select a rule with this key, and what would be right; "" if one can."""
+    local, _, domain = key.rpartition("@")
+    if not key or len(key) > MAX_ACCOUNT or CONTROL.search(key):
+        return "no login is like that; must be an address, a domain, a pattern or a pool"
+    if "**" in key:
+        return "one * is enough for any text"
+    if key.startswith("@") and (
+        local or not domain or WILDCARD.search(domain) or len(POOL + key) > MAX_ACCOUNT
+    ):
+        each = (
+            f'; for each sender there by itself write "{domain}"' if WILDCARD.search(domain) else ""
+        )
+        return f'a pool is "@" and one domain, or "*" for all senders{each}'
+    if "@" in key and re.search(r"\s", local[-1:] + domain):
+        return "no login has a space beside its @ or in its domain: remove it"
+    if ".." in domain or domain.startswith(".") or domain.endswith("."):
+        subdomains = f'; for subdomains write "*{domain}"' if domain.startswith(".") else ""
+        return f"no domain has a dot at its beginning or end, nor two in a row{subdomains}"
+    return ""
+
+
+def shadowed(patterns: Patterns) -> Iterator[tuple[str, str]]:
+    """The keys that can never be selected, each with one that comes before it and matches all that
+    it matches: it matches also with no text at all, or a lot of strange text, for each *.
+
+    Only a key with two wildcards can be longer and still match as much. (Sets as in [ab] are left
+    out: it would take more to say what they match. So are thousands of such keys: too much time.)
+    """
+    plain = [ranked for ranked in patterns.ranked if "[" not in ranked[2].key]
+    broad = [rule for *_, rule in plain if len(WILDCARD.findall(rule.key)) > 1]
+    if not 0 < len(broad) <= 1000:
+        return
+    others = Patterns(broad)
+    ranks = {rule.key: (length, number) for length, number, rule in plain}
+    much = STRANGE * (2 + max(rule.key.count("?") for rule in broad))
+    for length, number, rule in plain:
+        shortest, *longer = [
+            rule.key.replace("*", text).replace("?", STRANGE) for text in ("", STRANGE, much)
+        ]
+        for *_, other in others.matching(shortest):
+            first = ranks[other.key] < (length, number)
+            if first and all(fnmatch.fnmatchcase(name, other.key) for name in longer):
+                yield rule.key, other.key
+
+
+def read_rule(
+    name: str, key: str, value: Any, base: Rule | None, retention: int, where: Where
+) -> Rule:
+    """One rule out of what JSON held for its key; `base` gives the fields that it leaves out.
+
+    Raises ConfigError.
+    """
+    if not isinstance(value, list):
+        return Rule(
+            name, (read_window(name, value, base, retention, functools.partial(where, key)),)
+        )
+    if not 1 <= len(value) <= MAX_WINDOWS:
+        raise ConfigError(f"{where(key)}: must have from 1 to {MAX_WINDOWS} windows")
+    windows = [
+        read_window(name, fields, base, retention, functools.partial(where, key, number))
+        for number, fields in enumerate(value)
+    ]
+    for number, window in enumerate(windows):
+        if window.count != windows[0].count:
+            here = where(key, number, "count")
+            raise ConfigError(f"{here}: must be the same in all windows of a rule")
+    return Rule(name, tuple(windows))
+
+
+def read_window(name: str, fields: Any, base: Rule | None, retention: int, where: Where) -> Window:
+    """One window out of what JSON held for it. Raises ConfigError."""
     if not isinstance(fields, dict):
-        raise ConfigError(f'{where(key)}: must be {{"period": ..., "msgquota": ..., "msg": ...}}')
-    values: dict[str, Any] = {"msg": "sending quota exceeded, try again later"}
+        raise ConfigError(f'{where()}: must be {{"period": ..., "msgquota": ..., "msg": ...}}')
+    values: dict[str, Any] = {}
     for field, value in fields.items():
         if field not in RULE_FIELDS:
-            raise ConfigError(f"{where(key, field)}: {unknown(field, RULE_FIELDS)}")
+            raise ConfigError(f"{where(field)}: {unknown(field, RULE_FIELDS)}")
         try:
             values[field] = RULE_FIELDS[field](value)
         except ValueError as error:
-            raise ConfigError(f"{where(key, field)}: must be {error}") from None
-    for field in RULE_FIELDS:
-        if field not in values:
-            raise ConfigError(f'{where(key)}: "{field}" is missing')
-    msg = values["msg"].strip()
-    if CONTROL.search(msg):
-        raise ConfigError(f"{where(key, 'msg')}: must be one line without control characters")
-    if values["period"] > retention:
+            raise ConfigError(f"{where(field)}: must be {error}") from None
+    if not base or len(base.windows) > 1:  # of which it cannot be said which is meant
+        why = ', and "default" has several windows' if base else ""
+        for field in ("period", "msgquota"):
+            if field not in values:
+                raise ConfigError(f'{where()}: "{field}" is missing{why}: write it')
+    window = dataclasses.replace(base.windows[0] if base else BUILT_IN, rule=name, **values)
+    if window.period > retention:
         days = f"_retentiondays keeps sends for {retention} seconds only"
-        raise ConfigError(f"{where(key, 'period')}: too long, {days}")
-    return Rule(name, (Window(values["period"], values["msgquota"]),), msg)
+        raise ConfigError(f"{where('period')}: too long, {days}")
+    return window
 
 
 class RulesFile:
@@ -566,22 +879,35 @@ def format_reply(action: str) -> bytes:
 # --- Ledger ---------------------------------------------------------------------------------------
 
 
-class Charge(NamedTuple):
-    """So many recipients, to be charged to an account if all the windows have room."""
+class Part(NamedTuple):
+    """So many recipients, or messages, of one account, and the windows that must have room."""
 
     account: str
     recipients: int
-    instance: str
     windows: tuple[Window, ...]
 
 
+class Charge(NamedTuple):
+    """A send: the sender's own part, then those of the pools. All are charged or none."""
+
+    instance: str
+    parts: tuple[Part, ...]
+
+    @property
+    def account(self) -> str:
+        return self.parts[0].account
+
+
 class Verdict(NamedTuple):
-    """Accepted or not; and what is used of a window, an accepted charge included."""
+    """Accepted or not, and what is used of a window, an accepted charge included: of the fullest
+    one; or, when some have no room, of the one among them that lasts longest."""
 
     accepted: bool
     used: int
     window: Window
+    over: bool = False  # the window has no room: refused, unless it is not enforced
     until: float = 0.0  # monotonic seconds; a refusal may be repeated so long without a look
+    retry: float | None = None  # monotonic seconds; when the charge fits, as far as it was needed
 
 
 class Row(NamedTuple):
@@ -657,6 +983,13 @@ class Span:
             return rows[0][1]
         return total if self.complete else None
 
+    def reached(self, total: int) -> int | None:
+        """When the total came to this much; None when it is not known here."""
+        for (at, _), (_, after) in itertools.pairwise(self.rows):
+            if after >= total:
+                return at
+        return None
+
     def append(self, at: int, before: int) -> None:
         if self.complete and len(self.rows) < SPAN_ROWS:
             self.rows.append((at, before))
@@ -690,27 +1023,42 @@ class Account:
         base = span.base(now - period * 1_000_000, self.total) if span else None
         return None if base is None else self.total - base
 
-    def append(self, charge: Charge, at: int, token: int) -> Row:
-        _, cost, instance, _ = charge
+    def append(self, cost: int, instance: str, at: int, token: int) -> Row:
         for span in self.spans.values():
             span.append(at, self.total)
         self.seq, self.at, self.total = self.seq + 1, at, self.total + cost
         return Row(self.name, self.seq, self.epoch, at, cost, self.total, instance, token)
 
 
+class Found(NamedTuple):
+    """What is used of one window of a part."""
+
+    part: Part
+    window: Window
+    used: int
+    total: int  # of the account, with what this batch has accepted
+
+    def fullness(self) -> float:
+        return (self.used + self.part.recipients) / (self.window.msgquota or 1)
+
+
 class Search(NamedTuple):
-    """For an account's oldest send within a period: it comes after `low`, and not after `high`."""
+    """For the oldest send within an account's period, with which its total comes to so much. It is
+    after `low`, and at `high` at the latest."""
 
     account: Account
     period: int
     start: int  # microseconds since 1970, UTC
     low: int
     high: int
+    total: int = 0
 
     def holds(self, sent: Sent) -> bool:
-        """Whether a send is within the period. Along an account's chain that is no, no ... yes,
-        yes: neither its epoch nor its time ever falls."""
-        return sent.epoch == self.account.epoch and sent.at >= self.start
+        """Whether it is this send or a later one. Along an account's chain that is no, no ... yes,
+        yes: neither epoch nor time ever falls, and in an epoch neither does the total."""
+        return (
+            sent.epoch == self.account.epoch and sent.at >= self.start and sent.total >= self.total
+        )
 
     def probes(self) -> list[int]:
         """The sends to look at before so few are left that they can be read one by one."""
@@ -795,79 +1143,128 @@ class Ledger:
                 raise Unavailable(f"it did not do it in time: {trouble}")
 
     def _forget(self, charges: Iterable[Charge]) -> None:
-        for charge in charges:
-            self._accounts.pop(charge.account, None)
+        for part in every_part(charges):
+            self._accounts.pop(part.account, None)
 
     def _decide(
         self, charges: Sequence[Charge], *, locked: bool
     ) -> tuple[list[Row], list[Verdict]]:
         """The verdicts, and the rows that must be written to make them true."""
-        now = self._refresh(charges, locked=locked)
+        now = self._refresh(every_part(charges), locked=locked)
         token = random.getrandbits(63)
         rows: list[Row] = []
         verdicts = []
+        pools: dict[str, tuple[int, str]] = {}  # what is accepted, and the first instance
         for charge in charges:
-            account = self._accounts[charge.account]
-            at = max(now, account.at)
-            verdict = self._judge(charge, account, at)
+            verdict = self._judge(charge, pools, now)
             verdicts.append(verdict)
-            if verdict.accepted:
-                rows.append(account.append(charge, at, token))
+            if not verdict.accepted:
+                continue
+            for name, cost, _ in charge.parts:
+                if name.startswith(POOL):
+                    sum_, first = pools.get(name, (0, charge.instance))
+                    pools[name] = (sum_ + cost, first)
+                else:
+                    rows.append(self._append(name, cost, charge.instance, now, token))
+        rows += [self._append(name, *cost, now, token) for name, cost in pools.items()]
         rows.sort()  # by account: two daemons lock rows in the same order
         return rows, verdicts
 
-    def _judge(self, charge: Charge, account: Account, at: int) -> Verdict:
-        used = 0
-        for window in charge.windows:
-            found = account.used(window.period, at)
-            assert found is not None, "_refresh has read what was unknown"
-            used = found
-            if used + charge.recipients > window.msgquota:
-                return Verdict(False, used, window, self._until(account, window, at))
-        return Verdict(True, used + charge.recipients, window)
+    def _append(self, name: str, cost: int, instance: str, now: int, token: int) -> Row:
+        account = self._accounts[name]
+        return account.append(cost, instance, max(now, account.at), token)
 
-    def _until(self, account: Account, window: Window, at: int) -> float:
+    def _judge(self, charge: Charge, pools: Mapping[str, tuple[int, str]], now: int) -> Verdict:
+        found, over = [], []
+        for part in charge.parts:
+            account = self._accounts[part.account]
+            pending = pools[part.account][0] if part.account in pools else 0
+            for window in part.windows:
+                used = account.used(window.period, max(now, account.at))
+                assert used is not None, "_refresh has read what was unknown"
+                one = Found(part, window, used + pending, account.total + pending)
+                found.append(one)
+                if one.used + part.recipients > window.msgquota:
+                    over.append(one)
+        if not over:
+            one = found[0] if len(found) == 1 else max(found, key=Found.fullness)
+            return Verdict(True, one.used + one.part.recipients, one.window)
+        enforced = [one for one in over if one.window.enforce]
+        one, retry = self._longest(enforced or over, now)
+        if enforced:
+            return Verdict(False, one.used, one.window, True, self._until(one, now), retry)
+        return Verdict(True, one.used + one.part.recipients, one.window, True, retry=retry)
+
+    def _longest(self, over: Sequence[Found], now: int) -> tuple[Found, float | None]:
+        """The window without room that lasts longest, and when the charge would fit into it, in
+        monotonic seconds. Looked up only when somebody is to know."""
+        if len(over) == 1 and "{retry_after}" not in over[0].window.msg:
+            return over[0], None
+        moments = [self._fits(one, now) for one in over]
+        last = max(moments)
+        return over[moments.index(last)], self._monotonic() + (last - now) / 1e6
+
+    def _fits(self, one: Found, now: int) -> float:
+        """When enough sends have left the window, in microseconds of the database's clock."""
+        account, period = self._accounts[one.part.account], one.window.period
+        if one.part.recipients > one.window.msgquota:
+            return math.inf
+        # All sends up to the first at which the total comes to this must leave.
+        total = one.total + one.part.recipients - int(one.window.msgquota)
+        at = account.spans[period].reached(total)
+        if at is None:
+            start = max(now, account.at) - period * 1_000_000
+            search = Search(account, period, start, account.spans[period].gone, account.seq, total)
+            ((_, found),) = self._search([search])
+            at = found[0].at if found else None
+        if at is None:  # a send of this very batch
+            at = max(now, account.at)
+        return at + period * 1_000_000 + 1
+
+    def _until(self, one: Found, now: int) -> float:
         """A reset shall be noticed within a second, and the first send that leaves at once."""
-        rows = account.spans[window.period].rows
-        leaves = (rows[0][0] - at) / 1e6 + window.period if rows else CLOCK_TRUST
+        account = self._accounts[one.part.account]
+        rows = account.spans[one.window.period].rows
+        at = max(now, account.at)
+        leaves = (rows[0][0] - at) / 1e6 + one.window.period if rows else CLOCK_TRUST
         return min(account.read + CLOCK_TRUST, self._monotonic() + leaves)
 
-    def _refresh(self, charges: Sequence[Charge], *, locked: bool) -> int:
+    def _refresh(self, parts: Sequence[Part], *, locked: bool) -> int:
         """Read what the decision lacks; return its now, in microseconds."""
         if not locked and self._clock.trusted():
             now = self._clock.now()
-            stale = self._stale(charges, now)
+            stale = self._stale(parts, now)
         else:
             self._clock.set(self._store.now())
             now = self._clock.now()
-            stale = {charge.account for charge in charges}
+            stale = {part.account for part in parts}
         if stale:
-            self._read([c for c in charges if c.account in stale], now, locked=locked)
+            self._read([p for p in parts if p.account in stale], now, locked=locked)
         while len(self._accounts) > CACHED_ACCOUNTS:
             self._accounts.popitem(last=False)
         return now
 
-    def _stale(self, charges: Sequence[Charge], now: int) -> set[str]:
+    def _stale(self, parts: Sequence[Part], now: int) -> set[str]:
         """The accounts whose memory does not suffice: never read, windows used up, or about to
         refuse for a reason that was read too long ago."""
         stale = set()
         demand: dict[str, int] = {}
         oldest = self._monotonic() - CLOCK_TRUST
-        for charge in charges:
-            account = self._accounts.get(charge.account)
+        for part in parts:
+            account = self._accounts.get(part.account)
             if account is None:
-                stale.add(charge.account)
+                stale.add(part.account)
                 continue
-            self._accounts.move_to_end(charge.account)
-            wanted = demand[charge.account] = demand.get(charge.account, 0) + charge.recipients
+            self._accounts.move_to_end(part.account)
+            wanted = demand[part.account] = demand.get(part.account, 0) + part.recipients
             at = max(now, account.at)
-            for window in charge.windows:
+            for window in part.windows:
                 used = account.used(window.period, at)
                 if used is None or (used + wanted > window.msgquota and account.read < oldest):
-                    stale.add(charge.account)
+                    stale.add(part.account)
         return stale
 
-    def _read(self, charges: Sequence[Charge], now: int, *, locked: bool) -> None:
+    def _read(self, charges: Sequence[Part], now: int, *, locked: bool) -> None:
         """Read heads and windows of the charges' accounts."""
         names = sorted({charge.account for charge in charges})
         tails = chains(self._store.newest(names, lock=locked))
@@ -889,18 +1286,17 @@ class Ledger:
             account.spans[period] = Span(list(filter(search.holds, tail)), account.seq)
             if low + 1 < high and search.holds(tail[0]):
                 searches.append(search)  # the window may hold more than the tail
-        self._search(searches)
+        for search, oldest in self._search(searches):
+            search.account.spans[search.period] = Span(oldest, search.account.seq)
 
-    def _search(self, searches: list[Search]) -> None:
-        """Read the oldest sends of windows that begin deep in a chain, all of them together."""
+    def _search(self, searches: list[Search]) -> list[tuple[Search, list[Sent]]]:
+        """Find the sends that are searched for, each with those that follow it, SPAN_ROWS at the
+        most; all of them together."""
         while wanted := [(s.account.name, probes) for s in searches if (probes := s.probes())]:
             found = chains(self._store.some(wanted))
             searches = [search.narrowed(found[search.account.name]) for search in searches]
         found = chains(self._store.following([(s.account.name, s.low) for s in searches]))
-        for search in searches:
-            account = search.account
-            oldest = list(filter(search.holds, found[account.name]))[:SPAN_ROWS]
-            account.spans[search.period] = Span(oldest, account.seq)
+        return [(s, list(filter(s.holds, found[s.account.name]))[:SPAN_ROWS]) for s in searches]
 
     def purge(self) -> bool:
         """Delete some sends older than the retention; False when there are no more.
@@ -914,6 +1310,10 @@ class Ledger:
             self.open()
             return True
         return self._purged != NOWHERE
+
+
+def every_part(charges: Iterable[Charge]) -> list[Part]:
+    return [part for charge in charges for part in charge.parts]
 
 
 # --- Stores ---------------------------------------------------------------------------------------
@@ -1351,8 +1751,7 @@ class Committer(threading.Thread):
             return None
         if refusal := self._refused.get(charge.account):
             before, verdict = refusal
-            alike = charge.windows is before.windows and charge.recipients >= before.recipients
-            if alike and time.monotonic() < verdict.until:
+            if same_answer(charge, before, verdict) and time.monotonic() < verdict.until:
                 return verdict
         job = Job(charge, time.monotonic() + self._timeout, queue.SimpleQueue())
         if not self._wanted and self._at_work.acquire(blocking=False):
@@ -1502,6 +1901,17 @@ class Committer(threading.Thread):
         self._flush()
 
 
+def same_answer(charge: Charge, before: Charge, refusal: Verdict) -> bool:
+    """Whether the refusal of one charge is, to the letter, that of another one soon after it: of
+    an equal one, or of a larger one that has no other window and need not be told when it fits."""
+    if charge.parts == before.parts:
+        return True
+    (part, *others), old = charge.parts, before.parts[0]
+    single = not others and len(before.parts) == len(part.windows) == 1
+    larger = part.windows == old.windows and part.recipients >= old.recipients
+    return single and larger and refusal.retry is None
+
+
 # --- Policy ---------------------------------------------------------------------------------------
 
 
@@ -1512,6 +1922,35 @@ class Answer(NamedTuple):
     rule: Rule | None = None
     verdict: Verdict | None = None
     reason: str = ""  # why nothing was counted
+    msg: str = ""  # of the window that has no room
+
+
+class Message:
+    """What a connection remembers of the message that it asked about last: with "count":
+    "messages" it is charged once, however often Postfix asks."""
+
+    def __init__(self) -> None:
+        self._key: object = None
+        self.charged = False  # to the accounts that count messages
+        self.answer: Answer | None = None  # which is repeated
+
+    def begin(self, account: str, instance: str, rules: tuple[Rule, ...]) -> None:
+        """Forget it if this is another one, or cannot be told from another one: an empty instance
+        (SMTPD_POLICY_README: before MAIL FROM)."""
+        if not instance or self._key != (account, instance, rules):
+            self._key = (account, instance, rules)
+            self.charged, self.answer = False, None
+
+    def settle(self, answer: Answer, rules: tuple[Rule, ...]) -> None:
+        """Remember what has been decided."""
+        verdict = answer.verdict
+        if verdict and verdict.accepted:
+            self.charged = True
+            final = all(rule.per_message for rule in rules)
+        else:
+            final = verdict is not None and verdict.window.count == "messages"
+        if final:
+            self.answer = answer
 
 
 class Policy:
@@ -1529,8 +1968,9 @@ class Policy:
         fallback = "DEFER_IF_PERMIT quota service unavailable, try again later"
         self._fallback = "OK" if config.onfailure == "OK" else fallback
 
-    def check(self, request: Request) -> Answer:
-        """Charge the sender, and say what Postfix shall do. Waits for the store."""
+    def check(self, request: Request, message: Message | None = None) -> Answer:
+        """Charge the sender, and say what Postfix shall do. Waits for the store. `message` is what
+        the connection remembers."""
         if request.protocol_state not in self.COUNTED:
             return Answer("DUNNO", reason=f"asked at {request.protocol_state}")
         account = valid(request.sasl_username.strip().lower())  # Bob@x and `bob@x ` are one sender
@@ -1538,18 +1978,52 @@ class Policy:
             return Answer(self._nosasl, reason="no sasl_username")
         if len(account) > MAX_ACCOUNT:
             return Answer("REJECT login name too long", reason="sasl_username is too long")
-        rule = self._rules.rules.select(account)
         instance = valid(request.instance)[:MAX_INSTANCE]
-        verdict = self._committer.submit(Charge(account, cost(request), instance, rule.windows))
+        rules = self._rules.rules.every(account)
+        message = message or Message()
+        message.begin(account, instance, rules)
+        if message.answer:
+            return message.answer
+        parts = [
+            Part(POOL + rule.key if rule.pool else account, cost(request, rule), rule.windows)
+            for rule in rules
+            if not (rule.per_message and message.charged)
+        ]
+        verdict = self._committer.submit(Charge(instance, tuple(parts)))
+        answer = self._answer(account, rules[0], verdict)
+        message.settle(answer, rules)
+        return answer
+
+    def _answer(self, account: str, rule: Rule, verdict: Verdict | None) -> Answer:
         if verdict is None:
             return Answer(self._fallback, rule, reason="the store did not answer")
-        return Answer(self._accept if verdict.accepted else f"REJECT {rule.msg}", rule, verdict)
+        if not verdict.over:
+            return Answer(self._accept, rule, verdict)
+        msg = fill_in(account, verdict)
+        action = self._accept if verdict.accepted else f"{verdict.window.action} {msg}"
+        return Answer(action, rule, verdict, msg=msg)
 
 
-def cost(request: Request) -> int:
-    """How many recipients a request stands for."""
-    per_message = request.protocol_state in Policy.PER_MESSAGE
-    return max(1, request.recipient_count) if per_message else 1
+def fill_in(account: str, verdict: Verdict) -> str:
+    """The text of a refusal."""
+    window = verdict.window
+    if "{" not in window.msg and "}" not in window.msg:
+        return window.msg
+    values = {
+        "sasl_username": CONTROL.sub("?", account),
+        "rule": window.rule,
+        "used": verdict.used,
+        "msgquota": window.limit,
+        "period": format_time(window.period),
+        "retry_after": format_wait((verdict.retry or 0.0) - time.monotonic()),
+    }
+    return window.msg.format_map(values)
+
+
+def cost(request: Request, rule: Rule) -> int:
+    """How much of what the rule counts a request stands for."""
+    whole = request.protocol_state in Policy.PER_MESSAGE and not rule.per_message
+    return max(1, request.recipient_count) if whole else 1
 
 
 def valid(value: str) -> str:
@@ -1590,6 +2064,7 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         self._started = time.monotonic()
         self.idle_since: float | None = self._started  # None while a request is under way
         self._deadline: float | None = self._started + self.server.patience
+        self._message = Message()
         self.served = False  # whether it has ever asked; Postfix connects to ask at once
         self.server.handlers.add(self)
         self.request.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -1603,7 +2078,7 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         try:
             while request := stream.read_request():
                 self.idle_since = None
-                answer = self.server.policy.check(request)
+                answer = self.server.policy.check(request, self._message)
                 self._send(format_reply(answer.action))
                 self._log(request, answer)
                 self.served, self._deadline = True, None
@@ -1647,7 +2122,7 @@ class PolicyHandler(socketserver.BaseRequestHandler):
                 log.debug("[%d] quota rule selected: (%s)", self.number, answer.rule.key)
             log.debug("thread count: %d", len(self.server.handlers) + 1)
         if answer.verdict:
-            level = logging.INFO if answer.verdict.accepted else logging.WARNING
+            level = logging.WARNING if answer.verdict.over else logging.INFO
         elif answer.action != "DUNNO":
             level = logging.WARNING
         else:
@@ -1662,14 +2137,15 @@ class PolicyHandler(socketserver.BaseRequestHandler):
 
 def verdict_line(request: Request, answer: Answer) -> str:
     """What the log tells of a decision."""
-    rule, verdict = answer.rule, answer.verdict
-    counted, msg = f"not counted ({answer.reason}), action={answer.action}", ""
-    if rule and verdict:
-        used, (period, quota) = verdict.used, verdict.window
-        share = 100 * used / quota if quota else 100
-        counted = f"rule={rule.key}, quota {used}/{quota} ({share:.2f}%), period={period}, action="
-        counted += "ACCEPT" if verdict.accepted else "REJECT"
-        msg = "" if verdict.accepted else f", msg={rule.msg}"
+    verdict, msg = answer.verdict, ""
+    counted = f"not counted ({answer.reason}), action={answer.action}"
+    if verdict:
+        used, window = verdict.used, verdict.window
+        share = 100 * used / window.msgquota if window.msgquota else 100
+        counted = f"rule={window.rule}, quota {used}/{window.limit} ({share:.2f}%),"
+        counted += f" period={window.period}, action={window.action if verdict.over else 'ACCEPT'}"
+        counted += " (not enforced)" if verdict.over and verdict.accepted else ""
+        msg = f", msg={answer.msg}" if verdict.over else ""
     login, rcpt, sender = map(field, (request.sasl_username, request.recipient, request.sender))
     return (
         f"sasl_username={login}, rcpt={rcpt}, {counted}, sender={sender}, "
@@ -1946,8 +2422,7 @@ def check(config: Config) -> int:
         path = config.beside(config.quotafile)
         for rule in load_rules(path, config.retentiondays * 86400):
             for window in rule.windows:
-                words = f"{window.msgquota} recipients in any {window.period} seconds"
-                print(f"{path}: {rule.key}: each sender {words}; beyond that: {rule.msg}")
+                print(f"{path}: {rule.key}: {rule.senders()}: {window.words()}")
     except ConfigError as error:
         print(error)
         status = 1

@@ -17,6 +17,13 @@ from types import FrameType
 import pytest
 from servers import IS_ROOT, Daemon, Database, MariaDB, Postfix, Supervisor
 
+from saslquota import Charge, Part, Window
+
+
+def lone_charge(account: str, cost: int, instance: str, windows: tuple[Window, ...]) -> Charge:
+    """Return a send of a sender above whom there is no pool."""
+    return Charge(instance, (Part(account, cost, windows),))
+
 
 def require(*commands: str, root: bool = False) -> None:
     """Skip the test unless the commands are installed (and we are root)."""

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from conftest import lone_charge
 from faults import session
 from servers import Database, wait_for
 from test_store import mysql_config
 
-from saslquota import Charge, Committer, Ledger, MySQLStore, SQLiteStore, Verdict, Window
+from saslquota import Charge, Committer, Ledger, MySQLStore, Part, SQLiteStore, Verdict, Window
 
 DAY = 86_400
 HOUR = (Window(3600, 2),)
@@ -36,7 +37,7 @@ def committer(tmp_path: Path) -> Iterator[Committer]:
 
 
 def ask(committer: Committer, windows: tuple[Window, ...] = HOUR, n: int = 1) -> Verdict:
-    verdict = committer.submit(Charge("a", n, "", windows))
+    verdict = committer.submit(lone_charge("a", n, "", windows))
     assert verdict
     return verdict
 
@@ -54,6 +55,28 @@ def test_a_refusal_is_repeated_without_the_ledger(
 def test_a_smaller_charge_is_not_refused_for_a_larger_one(committer: Committer) -> None:
     assert not ask(committer, n=3).accepted
     assert ask(committer, n=2).accepted
+
+
+def test_a_larger_charge_is_told_its_own_moment(committer: Committer) -> None:
+    """And one that may meet another window is looked at."""
+    windows = (Window(3600, 2, msg="{retry_after}"),)
+    assert [ask(committer, windows).accepted for _ in range(3)] == [True, True, False]
+    first = ask(committer, windows)
+    assert first.retry is not None
+    assert first == ask(committer, windows)
+    assert ask(committer, windows, n=3).retry == float("inf")
+    several = (Window(60, 3), Window(3600, 4))
+    assert ask(committer, several, n=2).window == several[0]
+    assert ask(committer, several, n=3).window == several[1]
+
+
+def test_a_refusal_by_a_pool_is_none_without_it(committer: Committer) -> None:
+    full = Part("POOL *", 1, (Window(3600, 0),))
+    own = Part("a", 1, HOUR)
+    refused = committer.submit(Charge("", (own, full)))
+    assert refused
+    assert not refused.accepted
+    assert ask(committer).accepted
 
 
 def test_another_rule_ends_the_refusals(committer: Committer) -> None:
@@ -91,7 +114,8 @@ def test_whoever_waits_when_it_gives_up_gets_the_fallback(tmp_path: Path) -> Non
         locker.open()
         locker._run("BEGIN IMMEDIATE")
         waiting = [
-            pool.submit(committer.submit, Charge(name, 1, "", HOUR)) for name in ("b", "c", "d")
+            pool.submit(committer.submit, lone_charge(name, 1, "", HOUR))
+            for name in ("b", "c", "d")
         ]
         wait_for(lambda: committer._at_work.locked(), 5, "the ledger is at work")
         committer.give_up()
@@ -110,10 +134,10 @@ def test_a_bug_in_the_ledger_costs_only_fallbacks(
 
     with monkeypatch.context() as patch:
         patch.setattr(committer._ledger, "charge", broken)
-        assert committer.submit(Charge("b", 1, "", HOUR)) is None
-        assert committer.submit(Charge("b", 1, "", HOUR)) is None
+        assert committer.submit(lone_charge("b", 1, "", HOUR)) is None
+        assert committer.submit(lone_charge("b", 1, "", HOUR)) is None
     assert committer.is_alive()
-    wait_for(lambda: committer.submit(Charge("b", 1, "", HOUR)), 10, "it counts again")
+    wait_for(lambda: committer.submit(lone_charge("b", 1, "", HOUR)), 10, "it counts again")
 
 
 def test_a_batch_forms_while_another_is_under_way(
@@ -129,9 +153,9 @@ def test_a_batch_forms_while_another_is_under_way(
     ask(committer)
     monkeypatch.setattr(committer._ledger, "charge", slow)
     with ThreadPoolExecutor(21) as pool:
-        first = pool.submit(committer.submit, Charge("b", 1, "", HOUR))
+        first = pool.submit(committer.submit, lone_charge("b", 1, "", HOUR))
         wait_for(lambda: batches, 5, "the first is under way")
-        charges = [Charge(f"user{n}", 1, "", HOUR) for n in range(20)]
+        charges = [lone_charge(f"user{n}", 1, "", HOUR) for n in range(20)]
         others = [pool.submit(committer.submit, one) for one in charges]
         wait_for(lambda: committer._jobs.qsize() >= 19, 5, "the others wait")
         go_on.set()
@@ -142,12 +166,12 @@ def test_a_batch_forms_while_another_is_under_way(
 def test_nobody_waits_for_a_store_that_is_known_to_be_down(tmp_path: Path) -> None:
     committer = Committer(Ledger(SQLiteStore(tmp_path / "none" / "x.db", 1), 30 * DAY), 30)
     committer.start()
-    assert committer.submit(Charge("a", 1, "", HOUR)) is None
+    assert committer.submit(lone_charge("a", 1, "", HOUR)) is None
     start = time.monotonic()
-    assert [committer.submit(Charge("a", 1, "", HOUR)) for _ in range(100)] == [None] * 100
+    assert [committer.submit(lone_charge("a", 1, "", HOUR)) for _ in range(100)] == [None] * 100
     assert time.monotonic() - start < 5
     (tmp_path / "none").mkdir()
-    wait_for(lambda: committer.submit(Charge("a", 1, "", HOUR)), 10, "the store is there")
+    wait_for(lambda: committer.submit(lone_charge("a", 1, "", HOUR)), 10, "the store is there")
     committer.stop(10)
 
 
@@ -159,7 +183,7 @@ def test_a_purge_goes_on_beside_the_requests(
     ledger = Ledger(SQLiteStore(path, 1), 1)
     windows = (Window(1, 10_000),)
     for _ in range(3):
-        ledger.charge([Charge("a", 1, "", windows)] * 400, time.monotonic() + 10)
+        ledger.charge([lone_charge("a", 1, "", windows)] * 400, time.monotonic() + 10)
     ledger.close()
     committer = Committer(Ledger(SQLiteStore(path, 1), 1), 10)
     committer.start()
@@ -170,7 +194,7 @@ def test_a_purge_goes_on_beside_the_requests(
         return int(store._run("SELECT COUNT(*) FROM sends WHERE account = 'a'")[0][0])
 
     def worked() -> bool:
-        assert committer.submit(Charge("b", 1, "", windows))
+        assert committer.submit(lone_charge("b", 1, "", windows))
         committer._due = 0.0  # the next purge is due
         return left() < 1000
 
@@ -193,7 +217,7 @@ def test_a_purge_that_meets_a_lock_holds_nobody_up_again(database: Database) -> 
         ends = time.monotonic() + 4
         while time.monotonic() < ends:
             began = time.monotonic()
-            assert committer.submit(Charge("b", 1, "", (Window(3600, 10**6),)))
+            assert committer.submit(lone_charge("b", 1, "", (Window(3600, 10**6),)))
             waits.append(time.monotonic() - began)
     committer.stop(10)
     assert sum(wait > 0.5 for wait in waits) <= 2  # the first one opens the store, too

@@ -26,7 +26,7 @@ OWNERS_KEYS = [
     "_loglevel",
     "_quotafile",
 ]
-SHIPPED_KEYS = [*OWNERS_KEYS[:3], "_store", "_sqlitefile", *OWNERS_KEYS[3:]]
+SHIPPED_KEYS = ["$schema", *OWNERS_KEYS[:3], "_store", "_sqlitefile", *OWNERS_KEYS[3:]]
 
 
 def files(directory: Path) -> list[Path]:

@@ -9,11 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from conftest import lone_charge
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import saslquota
-from saslquota import Charge, Conflict, Ledger, Row, SQLiteStore, StoreError, Unavailable, Window
+from saslquota import Conflict, Ledger, Row, SQLiteStore, StoreError, Unavailable, Window
 
 SECOND = 1_000_000
 DAY = 86_400
@@ -90,7 +91,7 @@ class Bench:
         return ledger
 
     def send(self, account: str, windows: tuple[Window, ...], n: int = 1, daemon: int = 0) -> bool:
-        charge = Charge(account, n, f"i{next(self.instances)}", windows)
+        charge = lone_charge(account, n, f"i{next(self.instances)}", windows)
         (verdict,) = self.ledgers[daemon].charge([charge], NEVER)
         return verdict.accepted
 
@@ -168,7 +169,7 @@ def test_all_windows_must_have_room_and_a_refusal_uses_nothing_up(
 def test_a_batch_is_decided_in_its_order(bench: Callable[..., Bench]) -> None:
     one = bench()
     windows = (Window(60, 2),)
-    batch = [Charge(name, 1, f"{n}", windows) for n, name in enumerate("abaabb")]
+    batch = [lone_charge(name, 1, f"{n}", windows) for n, name in enumerate("abaabb")]
     verdicts = one.ledgers[0].charge(batch, NEVER)
     assert [v.accepted for v in verdicts] == [True, True, True, False, True, False]
     assert [v.used for v in verdicts] == [1, 1, 2, 2, 2, 2]
@@ -303,7 +304,7 @@ def test_the_deadline_ends_the_attempts(
 
     monkeypatch.setattr(one.stores[0], "append", collide)
     with pytest.raises(Unavailable, match="in time"):
-        one.ledgers[0].charge([Charge("a", 1, "", (Window(10, 5),))], 5.0)
+        one.ledgers[0].charge([lone_charge("a", 1, "", (Window(10, 5),))], 5.0)
     assert one.world.now == 5 * SECOND
 
 
@@ -385,9 +386,10 @@ class Model:
 
     def send(self, account: str, n: int, windows: tuple[Window, ...], now: int) -> bool:
         at = max(now, self.at[account])
-        for period, quota in windows:
-            start = at - period * SECOND
-            if sum(cost for when, cost in self.sends[account] if when >= start) + n > quota:
+        for window in windows:
+            start = at - window.period * SECOND
+            used = sum(cost for when, cost in self.sends[account] if when >= start)
+            if used + n > window.msgquota:
                 return False
         self.sends[account].append((at, n))
         self.at[account] = at
@@ -412,7 +414,7 @@ def test_one_daemon_equals_the_model_at_every_step(steps: list[tuple[str, object
             if what == "send":
                 assert isinstance(value, list)
                 now = max(now, store.now())
-                batch = [Charge(a, n, f"i{next(one.instances)}", w) for a, n, w in value]
+                batch = [lone_charge(a, n, f"i{next(one.instances)}", w) for a, n, w in value]
                 got = [verdict.accepted for verdict in one.ledgers[0].charge(batch, NEVER)]
                 assert got == [model.send(a, n, w, now) for a, n, w in value]
             elif what == "wait":
@@ -466,7 +468,7 @@ def test_several_daemons_never_let_more_through_than_the_quota(
             store = bench.stores[daemon]
             if what == "send":
                 assert isinstance(value, list)
-                batch = [Charge(a, n, f"i{next(bench.instances)}", QUOTA) for a, n in value]
+                batch = [lone_charge(a, n, f"i{next(bench.instances)}", QUOTA) for a, n in value]
                 with suppress(StoreError):
                     verdicts = bench.ledgers[daemon].charge(batch, NEVER)
                     pairs = zip(batch, verdicts, strict=True)
@@ -501,10 +503,10 @@ def never_over_quota(rows: list[Row]) -> None:
     assert [row.seq for row in rows] == list(range(1, len(rows) + 1))
     assert all(a.at <= b.at for a, b in itertools.pairwise(rows))
     for last in rows:
-        for period, quota in QUOTA:
-            start = last.at - period * SECOND
+        for window in QUOTA:
+            start = last.at - window.period * SECOND
             within = [r for r in rows if r.at >= start and r.seq <= last.seq]
-            assert sum(r.recipients for r in within if r.epoch == last.epoch) <= quota
+            assert sum(r.recipients for r in within if r.epoch == last.epoch) <= window.msgquota
     for row in rows:
         before = [r.recipients for r in rows if r.epoch == row.epoch and r.seq <= row.seq]
         assert row.total == sum(before)
@@ -525,7 +527,7 @@ def test_windows_of_many_sends_slide_exactly(
             one.ledgers[0].open()
         cost, now = luck.randrange(1, 4), START + one.world.now
         used = sum(n for at, n in sends if at >= now - SECOND)
-        (verdict,) = one.ledgers[0].charge([Charge("a", cost, "", windows)], NEVER)
+        (verdict,) = one.ledgers[0].charge([lone_charge("a", cost, "", windows)], NEVER)
         assert verdict.accepted is (used + cost <= quota)
         assert verdict.used == used + cost * verdict.accepted
         if verdict.accepted:
@@ -555,9 +557,16 @@ def test_a_window_that_begins_deep_in_a_chain(
         kept = [r for r in rows[purged:] if r.epoch == rows[-1].epoch]
         used = sum(r.recipients for r in kept if r.at >= now - period * SECOND)
         one.ledgers[0].open()
-        charge = Charge("a", 1, "", (Window(period, used),))
+        window = Window(period, used, msg="{retry_after}")
+        charge = lone_charge("a", min(used, depth), "", (window,))
         (verdict,) = one.ledgers[0].charge([charge], NEVER)
         assert (verdict.accepted, verdict.used) == (False, used), f"depth {depth}"
+        sends = itertools.accumulate(r.recipients for r in kept if r.at >= now - period * SECOND)
+        leaving = sum(total < min(used, depth) for total in sends)
+        last = [r for r in kept if r.at >= now - period * SECOND][leaving]
+        assert verdict.retry == pytest.approx(
+            (last.at - now) / SECOND + period + one.world.now / SECOND, abs=1e-5
+        )
 
 
 def test_heads_in_the_future_with_many_sends_behind_them(bench: Callable[..., Bench]) -> None:

@@ -197,6 +197,26 @@ def test_the_lines_of_a_refusal(daemon: Start, syslog: Syslog, path: Path) -> No
     )
 
 
+def test_what_is_not_enforced_is_a_warning(daemon: Start, syslog: Syslog, path: Path) -> None:
+    """And a refusal for now is one, too."""
+    trial = {"period": 60, "msgquota": 0, "msg": "no", "enforce": False}
+    rules = {"default": trial, "one.br": {"action": "DEFER", "enforce": True}}
+    running = daemon(to_socket(path, _loglevel="INFO"), rules)
+    deferred = {**OWNERS, "sasl_username": "a@one.br"}
+    assert ask(running, OWNERS, deferred) == ["OK", "DEFER no"]
+    (first, second) = of_connections(texts(syslog.wait_for("action=", 2), running))
+    counted = "rcpt=gabine@y.br, rule={}, quota {}/0 (100.00%), period=60, action={}{}, msg=no"
+    assert first == (
+        WARNING,
+        "[1] sasl_username=contabilidade2@x.br, "
+        + counted.format("default", 1, "REJECT (not enforced)", CLIENT),
+    )
+    assert second == (
+        WARNING,
+        "[1] sasl_username=a@one.br, " + counted.format("one.br", 0, "DEFER", CLIENT),
+    )
+
+
 def test_the_thread_count_is_that_of_open_connections(
     daemon: Start, syslog: Syslog, path: Path
 ) -> None:

@@ -64,12 +64,12 @@ def shipped(new_directory: Callable[[], Path]) -> Path:
 
 def in_words(directory: Path) -> list[str]:
     return [
-        f"{directory}/quotarules.json: {key}: each sender {quota} recipients in any {period}"
-        f" seconds; beyond that: {SENTENCE.format(quota, period)}"
-        for key, period, quota in [
-            ("default", 120, 500),
-            ("localhost", 1200, 5000),
-            ("root@localhost", 300, 50),
+        f"{directory}/quotarules.json: {key}: {who}: {quota} recipients in any {period} seconds"
+        f" ({minutes}m); beyond that: {SENTENCE.format(quota, period)}"
+        for key, who, period, minutes, quota in [
+            ("default", "each sender without another rule", 120, 2, 500),
+            ("localhost", "each sender of localhost", 1200, 20, 5000),
+            ("root@localhost", "this sender", 300, 5, 50),
         ]
     ]
 

@@ -15,10 +15,13 @@ from saslquota import (
     Committer,
     Config,
     Ledger,
+    Message,
     Policy,
     Request,
     RulesFile,
     SQLiteStore,
+    format_time,
+    format_wait,
     verdict_line,
 )
 
@@ -30,8 +33,10 @@ RULES = {
 Make = Callable[..., Policy]
 
 
-def make_policy(path: Path, **settings: Any) -> tuple[Policy, RulesFile, Committer]:
-    (path / "quotarules.json").write_text(json.dumps(RULES), "utf-8")
+def make_policy(
+    path: Path, content: dict[str, Any] = RULES, **settings: Any
+) -> tuple[Policy, RulesFile, Committer]:
+    (path / "quotarules.json").write_text(json.dumps(content), "utf-8")
     config = Config(path=path / "saslquota.json", store="sqlite", **settings)
     store = SQLiteStore(config.beside(config.sqlitefile), config.dbtimeout / 2)
     committer = Committer(Ledger(store, config.retentiondays * 86400), config.dbtimeout)
@@ -44,8 +49,8 @@ def make(tmp_path: Path) -> Iterator[Make]:
     """Make policies with these settings; their committers run, and end with the test."""
     with ExitStack() as stack:
 
-        def start(**settings: Any) -> Policy:
-            policy, _, committer = make_policy(tmp_path, **settings)
+        def start(rules: dict[str, Any] = RULES, **settings: Any) -> Policy:
+            policy, _, committer = make_policy(tmp_path, rules, **settings)
             committer.start()
             stack.callback(committer.stop, 10)
             return policy
@@ -330,5 +335,189 @@ def test_the_line_of_a_refused_send(policy: Policy, login: str, quota: str) -> N
     assert verdict_line(sent, answer) == (
         f"sasl_username={login}, rcpt=b@y.br, rule={answer.rule.key}, quota {quota},"
         " period=3600, action=REJECT, sender=a@x.br, client_address=192.0.2.1,"
-        f" instance=123.456.789.0, msg={answer.rule.msg}"
+        f" instance=123.456.789.0, msg={answer.msg}"
     )
+
+
+# --- Messages instead of recipients ---------------------------------------------------------------
+
+HOUR = {"period": "1h", "msg": "no"}
+Rows = Callable[[str], list[Any]]
+
+
+def replies(policy: Policy, message: Message, *instances: str, **more: Any) -> list[str]:
+    return [policy.check(request(instance=i, **more), message).action for i in instances]
+
+
+def test_a_message_is_charged_once(make: Make, rows: Rows) -> None:
+    """Whatever it is asked for at which stage, and whatever it is that is answered."""
+    policy = make({"default": {**HOUR, "msgquota": 2, "count": "messages"}})
+    message = Message()
+    assert replies(policy, message, "1", "1") == ["OK"] * 2
+    assert replies(policy, message, "1", state="DATA", recipient_count=2) == ["OK"]
+    assert replies(policy, message, "2", state="DATA", recipient_count=9) == ["OK"]
+    assert replies(policy, message, "3", "3", "2") == ["REJECT no"] * 3
+    assert rows("instance, recipients") == [("1", 1), ("2", 1)]
+
+
+@pytest.mark.parametrize(
+    ("second", "charged"),
+    [
+        pytest.param({}, 1, id="same"),
+        pytest.param({"login": "Alice@example.com "}, 1, id="same-but-for-case"),
+        pytest.param({"login": "bob@example.com"}, 2, id="other-login"),
+        pytest.param({"instance": "2"}, 2, id="other-instance"),
+        pytest.param({"message": Message()}, 2, id="other-connection"),
+    ],
+)
+def test_what_is_one_message(make: Make, rows: Rows, second: dict[str, Any], charged: int) -> None:
+    policy = make({"default": {**HOUR, "msgquota": 9, "count": "messages"}})
+    message = Message()
+    for more in ({}, second):
+        with_defaults = {"instance": "1", "message": message, **more}
+        memory = with_defaults.pop("message")
+        policy.check(request(**with_defaults), memory)
+    assert len(rows("*")) == charged
+
+
+def test_without_an_instance_each_is_a_message(make: Make) -> None:
+    policy = make({"default": {**HOUR, "msgquota": 2, "count": "messages"}})
+    assert replies(policy, Message(), "", "", "") == ["OK", "OK", "REJECT no"]
+
+
+def test_recipients_are_counted_on_one_connection_too(policy: Policy, rows: Rows) -> None:
+    assert replies(policy, Message(), "1", "1") == ["OK"] * 2
+    assert len(rows("*")) == 2
+
+
+def test_a_changed_rule_is_another_answer(tmp_path: Path) -> None:
+    content = {"default": {**HOUR, "msgquota": 0, "count": "messages"}}
+    policy, rules, committer = make_policy(tmp_path, content)
+    committer.start()
+    message = Message()
+    assert replies(policy, message, "1") == ["REJECT no"]
+    content["default"]["msgquota"] = 5
+    (tmp_path / "quotarules.json").write_text(json.dumps(content), "utf-8")
+    rules.reload()
+    assert replies(policy, message, "1", "1") == ["OK"] * 2
+    committer.stop(10)
+
+
+def test_the_fallback_is_not_repeated(tmp_path: Path) -> None:
+    """A store that comes back answers the rest of the message."""
+    policy, _, committer = make_policy(
+        tmp_path, {"default": {**HOUR, "msgquota": 1, "count": "messages"}}
+    )
+    committer._down = True
+    message = Message()
+    assert replies(policy, message, "1")[0].startswith("DEFER_IF_PERMIT")
+    committer._down = False
+    committer.start()
+    assert replies(policy, message, "1", "1", "2") == ["OK", "OK", "REJECT no"]
+    committer.stop(10)
+
+
+def test_messages_of_a_sender_in_a_pool_of_recipients(make: Make, rows: Rows) -> None:
+    """Each is charged by its own measure, also after a recipient was refused by the pool."""
+    pool = {**HOUR, "msgquota": 3, "msg": "pool"}
+    policy = make(
+        {
+            "default": {**HOUR, "msgquota": 9, "count": "messages"},
+            "*": {**pool, "count": "recipients"},
+        }
+    )
+    message = Message()
+    assert replies(policy, message, "1", "1") == ["OK"] * 2
+    big = {"state": "DATA", "recipient_count": 2}
+    assert replies(policy, message, "1", **big) == ["REJECT pool"]
+    assert replies(policy, message, "1", "1") == ["OK", "REJECT pool"]
+    assert rows("account, SUM(recipients) OVER (PARTITION BY account)") == [
+        *[("POOL *", 3)] * 3,
+        ("alice@example.com", 1),
+    ]
+
+
+def test_recipients_of_a_sender_in_a_pool_of_messages(make: Make, rows: Rows) -> None:
+    pool = {"msgquota": 2, "count": "messages", "msg": "pool"}
+    policy = make({"default": {**HOUR, "msgquota": 9}, "@example.com": pool})
+    message = Message()
+    assert replies(policy, message, "1", "1", "2", "2") == ["OK"] * 4
+    assert replies(policy, message, "3", "3") == ["REJECT pool"] * 2
+    assert rows("account, recipients") == [
+        *[("POOL @example.com", 1)] * 2,
+        *[("alice@example.com", 1)] * 4,
+    ]
+
+
+# --- Pools and texts ------------------------------------------------------------------------------
+
+
+def test_no_login_is_a_pool(make: Make, rows: Rows) -> None:
+    policy = make({"default": {**HOUR, "msgquota": 9}, "*": {"msgquota": 1}})
+    assert policy.check(request("POOL *")).action == "OK"
+    assert rows("account") == [("POOL *",), ("pool *",)]
+    every = "".join(map(chr, range(0x110000)))
+    assert not set("POL") & set(every.lower())
+
+
+def test_the_shown_window_is_the_fullest(make: Make) -> None:
+    policy = make(
+        {
+            "default": [{**HOUR, "msgquota": 10}, {**HOUR, "msgquota": 4}],
+            "*": {**HOUR, "msgquota": 5},
+        }
+    )
+    line = verdict_line(request(), policy.check(request()))
+    assert "rule=default, quota 1/4 (25.00%), period=3600, action=ACCEPT, sender" in line
+
+
+def test_placeholders(make: Make) -> None:
+    msg = "{{{sasl_username}}} {rule} {used}/{msgquota} {period} {retry_after}"
+    policy = make({"default": {"period": "90m", "msgquota": 0, "msg": msg}})
+    answer = policy.check(request("Bob\r\x7f@x.org"))
+    assert answer.action == "REJECT {bob??@x.org} default 0/0 1h30m never"
+    assert verdict_line(request(), answer).endswith(", msg={bob??@x.org} default 0/0 1h30m never")
+
+
+def test_no_limit(make: Make) -> None:
+    policy = make({"default": {**HOUR, "msgquota": "unlimited"}})
+    answer = policy.check(request(state="DATA", recipient_count=1_000_000))
+    assert ", quota 1000000/unlimited (0.00%), " in verdict_line(request(), answer)
+
+
+def test_what_is_not_enforced_is_counted(make: Make, rows: Rows) -> None:
+    trial = {**HOUR, "msgquota": 1, "enforce": False, "action": "DEFER"}
+    policy = make(
+        {"default": trial, "*": {"msgquota": 2, "enforce": True, "msg": "pool"}}, okaction="DUNNO"
+    )
+    answers = [policy.check(request()) for _ in range(3)]
+    assert [answer.action for answer in answers] == ["DUNNO", "DUNNO", "DEFER pool"]
+    assert "quota 2/1 (200.00%), period=3600, action=DEFER (not enforced), " in verdict_line(
+        request(), answers[1]
+    )
+    assert len(rows("*")) == 4
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (59, "59s"), (90, "1m30s"), (7500, "2h5m"), (86400, "1d"), (604800, "7d")],
+)
+def test_times(seconds: int, text: str) -> None:
+    assert format_time(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (-1.0, "1s"),
+        (0.1, "1s"),
+        (58.9, "59s"),
+        (59.1, "1m"),
+        (60.0, "1m"),
+        (60.1, "2m"),
+        (3540.1, "1h"),
+        (float("inf"), "never"),
+    ],
+)
+def test_waits_are_rounded_up(seconds: float, text: str) -> None:
+    assert format_wait(seconds) == text

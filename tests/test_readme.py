@@ -199,6 +199,22 @@ def test_the_rules_are_the_shipped_ones() -> None:
     assert block("Rules", "json") == (ROOT / "quotarules.json").read_text("utf-8")
 
 
+RULE_EXAMPLES = [
+    *re.findall(r"^\| [^|]+ \| `(.*)` \|$", README[README.index("| I want to") :], re.MULTILINE),
+    *(block.text for block in BLOCKS if block.language == "json" and block.heading != "Rules"),
+]
+
+
+@pytest.mark.parametrize("example", RULE_EXAMPLES)
+def test_every_rule_can_be_copied(tmp_path: Path, example: str) -> None:
+    """Beside what the shipped file has for everybody else."""
+    assert len(RULE_EXAMPLES) > 15
+    if '"default"' not in example:
+        example += ', "default": {"period": 120, "msgquota": 500}'
+    (tmp_path / "quotarules.json").write_text(f"{{{example}}}", "utf-8")
+    load_rules(tmp_path / "quotarules.json", 30 * 86400)
+
+
 def test_the_rules_as_described(daemon: START) -> None:
     """msg may be left out, msgquota 0 refuses everything, a domain's logins count apart."""
     rules = {

@@ -9,13 +9,13 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from conftest import lone_charge
 from faults import changed, crowded
 from servers import ROOT, Database, MariaDB, wait_for
 
 import saslquota
 from saslquota import (
     NOWHERE,
-    Charge,
     Config,
     Conflict,
     Ledger,
@@ -220,7 +220,7 @@ def race(ledgers: Sequence[Callable[[], Ledger]], requests: int, quota: int) -> 
     def work(make: Callable[[], Ledger]) -> int:
         ledger, accepted = make(), 0
         for first in range(0, share, 25):
-            batch = [Charge("a", 1, f"{first}", windows)] * min(25, share - first)
+            batch = [lone_charge("a", 1, f"{first}", windows)] * min(25, share - first)
             verdicts = ledger.charge(batch, time.monotonic() + 60)
             accepted += sum(verdict.accepted for verdict in verdicts)
         ledger.close()
@@ -247,7 +247,7 @@ def test_threads_of_one_daemon_accept_exactly_the_quota(new_store: OpenStore) ->
     store.close()  # the committer's thread opens it
     committer = saslquota.Committer(Ledger(store, 30 * DAY), 30)
     committer.start()
-    charge = Charge("a", 1, "", (Window(3600, 1000),))
+    charge = lone_charge("a", 1, "", (Window(3600, 1000),))
     with ThreadPoolExecutor(40) as pool:
         verdicts = list(pool.map(committer.submit, [charge] * 5000))
     committer.stop(10)
@@ -275,7 +275,7 @@ class Counted:
         count = 0
         while not self.stopping.is_set():
             count += 1
-            batch = [Charge("a", 1, f"{count}.{n}", self.windows) for n in range(3)]
+            batch = [lone_charge("a", 1, f"{count}.{n}", self.windows) for n in range(3)]
             try:
                 verdicts = self.ledger.charge(batch, time.monotonic() + 30)
             except Unavailable:
@@ -356,7 +356,7 @@ def test_a_daemon_farther_away_does_not_starve(database: Database) -> None:
     with Counted(config, 1_000_000) as near:
         wait_for(lambda: len(near.accepted) > 20, 20, "the near daemon")
         for n in range(40):
-            charge = Charge("a", 1, f"far{n}", (Window(3600, 1_000_000),))
+            charge = lone_charge("a", 1, f"far{n}", (Window(3600, 1_000_000),))
             assert ledger.charge([charge], time.monotonic() + 30)[0].accepted
     ledger.close()
     assert most <= 15, "collisions in a row"
@@ -405,7 +405,7 @@ def test_the_first_host_that_takes_sends_is_used(database: Database) -> None:
 def test_a_ledger_file_that_is_replaced_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
     ledger = Ledger(SQLiteStore(path, 1), 30 * DAY)
-    charge = Charge("a", 1, "", (Window(60, 1),))
+    charge = lone_charge("a", 1, "", (Window(60, 1),))
     assert ledger.charge([charge], time.monotonic() + 5)[0].accepted
     for suffix in ("", "-wal", "-shm"):
         Path(f"{path}{suffix}").unlink(missing_ok=True)
@@ -459,7 +459,7 @@ def test_the_next_host_is_taken(
         store = MySQLStore(mysql_config(database, myhost=hosts))
         ledger = Ledger(store, 30 * DAY)
         ledger.open()
-        charge = Charge("a", 1, "", (Window(60, 9),))
+        charge = lone_charge("a", 1, "", (Window(60, 9),))
         assert ledger.charge([charge], time.monotonic() + 10)[0].accepted
         with trouble(database.server, database):
             assert ledger.charge([charge], time.monotonic() + 10)[0].accepted
