@@ -271,6 +271,16 @@ def steady(this: Round) -> None:
         this.record(table.AT_QUOTA, table.ON_MARIADB, loaded(daemon, refusing))
 
 
+def pools(this: Round) -> None:
+    """Every sender in the pool of its domain and in that of the service, beside none."""
+    for name in ("apart", "pooled"):
+        this.database.create(name)
+    apart = saslquota(this.bench, this.database, "apart")
+    pooled = saslquota(this.bench, this.database, "pooled", pools=("@example.org", "*"))
+    load = this.load()
+    measure_pair(this, (table.NO_POOLS, loaded(apart, load)), (table.POOLS, loaded(pooled, load)))
+
+
 def refusals(this: Round) -> None:
     """One hot sender far over its quota."""
     this.database.create("refused")
@@ -316,6 +326,7 @@ CASES: dict[str, Callable[[Round], None]] = {
     "purge": purge,
     "three-daemons": three_daemons,
     "steady": steady,
+    "pools": pools,
     "refusals": refusals,
     "start": start,
 }

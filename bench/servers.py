@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import pwd
@@ -39,6 +40,7 @@ DEBIAN = {
     "postfwd1": "postfwd",
     "mariadb_config": "libmariadb-dev",
     "pkg-config": "pkg-config",
+    "python3-config": "python3-dev",
 }
 REQUIRED = ("mariadbd", "cc")
 START_SECONDS = 30.0
@@ -67,9 +69,11 @@ def prepare() -> None:
 
 def install_packages() -> None:
     """Bring the commands of DEBIAN with apt-get when root; end when one we need stays missing."""
-    missing = [name for name in DEBIAN if not shutil.which(name)]
-    if missing and os.geteuid() == 0 and shutil.which("apt-get"):
-        packages = [*(DEBIAN[name] for name in missing), "libc6-dev", "python3-dev"]
+    packages = [DEBIAN[name] for name in DEBIAN if not shutil.which(name)]
+    if not importlib.util.find_spec("ensurepip"):
+        packages.append("python3-venv")
+    if packages and os.geteuid() == 0 and shutil.which("apt-get"):
+        packages.append("libc6-dev")
         say(f"installing {' '.join(packages)}")
         quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
         for command in (["update"], ["install", "-y", "--no-install-recommends", *packages]):
@@ -304,20 +308,21 @@ class Daemon:
 
 def saslquota(
     bench: Bench, database: MariaDB | None, name: str, period: int = 3600, quota: int = PLENTY,
-    **settings: object,
+    pools: Sequence[str] = (), **settings: object,
 ) -> Daemon:  # fmt: skip
     """Start saslquota on a database of the server, or on an SQLite file; INFO goes to the sink."""
     port = free_port()
-    command = saslquota_command(bench, database, name, port, period, quota, **settings)
+    command = saslquota_command(bench, database, name, port, period, quota, pools, **settings)
     return Daemon(port, bench.start(command, lambda: accepts(port)).pid)
 
 
 def saslquota_command(
     bench: Bench, database: MariaDB | None, name: str, port: int, period: int, quota: int,
-    **settings: object,
+    pools: Sequence[str] = (), **settings: object,
 ) -> list[str | Path]:  # fmt: skip
     """Write the two files that saslquota needs; return the command that starts it with them."""
-    rules = {"default": {"period": period, "msgquota": quota, "msg": "over quota"}}
+    rule = {"period": period, "msgquota": quota, "msg": "over quota"}
+    rules = dict.fromkeys(("default", *pools), rule)
     config: dict[str, object] = {
         "_bind": "127.0.0.1",
         "_bindport": port,

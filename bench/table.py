@@ -130,6 +130,8 @@ AT_QUOTA = "windows sliding at their quota"
 REFUSED = "refusals of one hot sender"
 MILLIONS_SQLITE = "5,000,000 rows in the table, SQLite"
 EMPTY_SQLITE = "empty table, SQLite"
+NO_POOLS = "no pools"
+POOLS = "a pool for the domain, one for all"
 START = "start to first reply, SQLite"
 
 
