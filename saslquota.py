@@ -767,6 +767,8 @@ class RulesFile:
         if stamp == self._stamp and not force:
             return
         self._stamp = stamp
+        pause = sys.getswitchinterval()
+        sys.setswitchinterval(0.001)  # 100,000 rules take seconds: the connections go first
         try:
             self.rules = load_rules(self.path, self._retention)
         except ConfigError as error:
@@ -778,6 +780,8 @@ class RulesFile:
         else:
             self._complaint = ""
             log.info("rules read again: %s", describe_rules(self.rules))
+        finally:
+            sys.setswitchinterval(pause)
 
 
 def describe_rules(rules: Rules) -> str:
@@ -847,6 +851,11 @@ class RequestStream:
     def __init__(self, receive: Callable[[bool], bytes]) -> None:
         self._receive = receive
         self._buffer = b""
+
+    @property
+    def more(self) -> bool:
+        """Whether a part of the next request has come already."""
+        return bool(self._buffer)
 
     def read_request(self) -> Request | None:
         """The next request; None at the end of the stream or at an empty request.
@@ -2079,7 +2088,7 @@ class PolicyHandler(socketserver.BaseRequestHandler):
             while request := stream.read_request():
                 self.idle_since = None
                 answer = self.server.policy.check(request, self._message)
-                self._send(format_reply(answer.action))
+                self._send(format_reply(answer.action), hasty=stream.more)
                 self._log(request, answer)
                 self.served, self._deadline = True, None
                 self.idle_since = time.monotonic()
@@ -2109,9 +2118,10 @@ class PolicyHandler(socketserver.BaseRequestHandler):
             self.request.settimeout(None)
         return self.request.recv(65536)
 
-    def _send(self, reply: bytes) -> None:
-        """Send a reply; wait only when the client does not take it. Raises OSError."""
-        taken = send_at_once(self.request, reply)
+    def _send(self, reply: bytes, *, hasty: bool) -> None:
+        """Send a reply; wait only when the client does not take it. One that is `hasty`, and asks
+        on before it has its answer, gives the other threads their turn. Raises OSError."""
+        taken = 0 if hasty else send_at_once(self.request, reply)
         if taken < len(reply):
             self.request.sendall(reply[taken:])
 
@@ -2344,7 +2354,7 @@ class LogWriter(logging.Handler):
     def write(self, level: int, line: str) -> None:
         """Take a line that is ready. A record for each verdict would cost a tenth of all."""
         if len(self._lines) < LOG_BACKLOG:
-            self._lines.append((level, line))
+            self._lines.append((level, line[:MAX_LINE]))
         else:
             self._lost += 1
         if not self._wake.is_set():

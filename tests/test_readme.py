@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import pytest
 from conftest import require
+from faults import session
 from servers import (
     LOOPBACK,
     ROOT,
@@ -616,7 +617,8 @@ def test_log_lines_of_debug(daemon: START, new_directory: Callable[[], Path]) ->
 
 def alarm(word: str) -> str:
     """The beginning of a line that README.md calls worth an alarm, or its end."""
-    lines: list[str] = re.findall(r"`([^`]+)`", README.partition("Worth an\nalarm:")[2])[:6]
+    alarms = README.partition("Worth an\nalarm:")[2].partition("\n## ")[0]
+    lines: list[str] = re.findall(r"`([^`]+)`", alarms)
     (found,) = [line for line in lines if word in line]
     return found.removesuffix("...")
 
@@ -645,6 +647,18 @@ def test_log_lines_worth_an_alarm(daemon: START) -> None:
         see("counted again")
         policy.send(b"junk\n\n")
         see("malformed")
+
+
+def test_the_alarm_about_locked_rows(daemon: START, database: Database) -> None:
+    started = daemon({**database.config(), "_dbtimeout": 5})
+    with started.policy() as policy, session(database.server, database.name) as locker:
+        wait_for(lambda: policy.ask(sasl_username="bob") == "OK", 10, "it counts")
+        locker.execute("BEGIN")
+        locker.execute("SELECT seq FROM sends WHERE account = 'bob' FOR UPDATE")
+        locker.fetchall()
+        assert policy.ask(sasl_username="bob").startswith("DEFER_IF_PERMIT")
+        line = alarm("has locked its rows").partition("...")[2]
+        wait_for(lambda: line in started.log(), 10, line)
 
 
 # --- Looking and unblocking -----------------------------------------------------------------------
