@@ -1020,10 +1020,9 @@ class Account:
 
     __slots__ = ("at", "epoch", "name", "read", "seq", "spans", "total")
 
-    def __init__(self, name: str, head: Sent | None, read: float) -> None:
-        _, self.seq, self.epoch, self.at, _, self.total = head or Sent(name, 0, 1, 0, 0, 0)
-        self.name = name
-        self.read = read  # monotonic seconds
+    def __init__(self, head: Sent) -> None:
+        self.name, self.seq, self.epoch, self.at, _, self.total = head
+        self.read = 0.0  # monotonic seconds; when the head was
         self.spans: dict[int, Span] = {}  # by period
 
     def used(self, period: int, now: int) -> int | None:
@@ -1072,7 +1071,7 @@ class Search(NamedTuple):
     def probes(self) -> list[int]:
         """The sends to look at before so few are left that they can be read one by one."""
         gap = self.high - self.low
-        steps = PROBES if gap > SPAN_ROWS else 0
+        steps = PROBES if gap > 2 * SPAN_ROWS else 0
         return [self.low + gap * n // (steps + 1) for n in range(1, steps + 1)]
 
     def narrowed(self, found: Iterable[Sent]) -> Search:
@@ -1240,23 +1239,27 @@ class Ledger:
 
     def _refresh(self, parts: Sequence[Part], *, locked: bool) -> int:
         """Read what the decision lacks; return its now, in microseconds."""
-        if not locked and self._clock.trusted():
-            now = self._clock.now()
-            stale = self._stale(parts, now)
-        else:
+        if locked or not self._clock.trusted():
             self._clock.set(self._store.now())
-            now = self._clock.now()
+        now = self._clock.now()
+        stale, spent = self._lacking(parts, now)
+        if spent:
+            self._fill([part for part in parts if part.account in spent], now, {})
+            stale, _ = self._lacking(parts, now)
+        if locked:
             stale = {part.account for part in parts}
         if stale:
-            self._read([p for p in parts if p.account in stale], now, locked=locked)
+            tails = self._read(sorted(stale), now, locked=locked)
+            self._fill([part for part in parts if part.account in stale], now, tails)
         while len(self._accounts) > CACHED_ACCOUNTS:
             self._accounts.popitem(last=False)
         return now
 
-    def _stale(self, parts: Sequence[Part], now: int) -> set[str]:
-        """The accounts whose memory does not suffice: never read, windows used up, or about to
-        refuse for a reason that was read too long ago."""
-        stale = set()
+    def _lacking(self, parts: Sequence[Part], now: int) -> tuple[set[str], set[str]]:
+        """The accounts of which the head must be read, as they are not known or about to refuse for
+        a reason that was read too long ago; and those whose remembered sends have all left."""
+        stale: set[str] = set()
+        spent: set[str] = set()
         demand: dict[str, int] = {}
         oldest = self._monotonic() - CLOCK_TRUST
         for part in parts:
@@ -1269,33 +1272,46 @@ class Ledger:
             at = max(now, account.at)
             for window in part.windows:
                 used = account.used(window.period, at)
-                if used is None or (used + wanted > window.msgquota and account.read < oldest):
+                if used is None:
+                    spent.add(part.account)
+                elif used + wanted > window.msgquota and account.read < oldest:
                     stale.add(part.account)
-        return stale
+        return stale, spent
 
-    def _read(self, charges: Sequence[Part], now: int, *, locked: bool) -> None:
-        """Read heads and windows of the charges' accounts."""
-        names = sorted({charge.account for charge in charges})
+    def _read(self, names: Sequence[str], now: int, *, locked: bool) -> Mapping[str, list[Sent]]:
+        """Read the heads of accounts; return their newest sends. What is remembered of an account
+        stays right as long as its head is the same: rows are only ever appended."""
         tails = chains(self._store.newest(names, lock=locked))
-        gone: dict[tuple[str, int], int] = {}
         for name in names:
-            if known := self._accounts.pop(name, None):  # the newest stand last
-                gone |= {(name, period): span.gone for period, span in known.spans.items()}
-            head = tails[name][-1] if tails[name] else None
-            account = self._accounts[name] = Account(name, head, self._monotonic())
+            head = tails[name][-1] if tails[name] else Sent(name, 0, 1, 0, 0, 0)
+            account = self._accounts.pop(name, None)  # the newest stand last
+            if account is None or account.seq != head.seq:
+                account = Account(head)
+            account.read = self._monotonic()
+            self._accounts[name] = account
             if account.at > now + FUTURE and self._future.due():
                 ahead = (account.at - now) / 1e6
                 log.error("account %s: a send is dated %.0f s ahead of the clock", name, ahead)
+        return tails
+
+    def _fill(self, parts: Sequence[Part], now: int, tails: Mapping[str, Sequence[Sent]]) -> None:
+        """Find the oldest sends of the windows in which none is remembered any more, or yet."""
         searches = []
-        for name, period in {(c.account, window.period) for c in charges for window in c.windows}:
-            account, tail = self._accounts[name], tails[name]
-            start = max(now, account.at) - period * 1_000_000
-            low, high = gone.get((name, period), 0), tail[0].seq if tail else 0
-            search = Search(account, period, start, low, high)
+        for name, period in {(part.account, w.period) for part in parts for w in part.windows}:
+            account, tail = self._accounts[name], tails.get(name, ())
+            at = max(now, account.at)
+            if account.used(period, at) is not None:
+                continue
+            low = account.spans[period].gone if period in account.spans else 0
+            high = tail[0].seq if tail else account.seq
+            search = Search(account, period, at - period * 1_000_000, low, high)
             account.spans[period] = Span(list(filter(search.holds, tail)), account.seq)
-            if low + 1 < high and search.holds(tail[0]):
-                searches.append(search)  # the window may hold more than the tail
-        for search, oldest in self._search(searches):
+            known = (
+                all(map(search.holds, tail)) and account.at >= search.start
+            )  # that high is in it
+            if known and high - low > bool(tail):
+                searches.append(search)
+        for search, oldest in self._search(searches) if searches else ():
             search.account.spans[search.period] = Span(oldest, search.account.seq)
 
     def _search(self, searches: list[Search]) -> list[tuple[Search, list[Sent]]]:
@@ -1391,7 +1407,8 @@ class Store:
         )
 
     def following(self, wanted: Sequence[tuple[str, int]]) -> list[Sent]:
-        """The next sends of each account after a number: SPAN_ROWS to skip and as many to use."""
+        """The next sends of each account after a number, twice SPAN_ROWS: some are not within the
+        window that is searched for."""
         return self._sends(f"account = ? AND seq > ? ORDER BY seq LIMIT {2 * SPAN_ROWS}", wanted)
 
     def append(self, rows: Sequence[Row]) -> None:

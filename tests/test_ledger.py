@@ -569,6 +569,21 @@ def test_a_window_that_begins_deep_in_a_chain(
         )
 
 
+@pytest.mark.parametrize("inside", [7, 8, 9, 40, 64])
+def test_chains_of_any_length_behind_a_window(bench: Callable[..., Bench], inside: int) -> None:
+    one = bench()
+    old, young = START, START + DAY * SECOND
+    one.world.now = DAY * SECOND + SECOND
+    for length in range(inside, inside + 150):
+        ats = [old] * (length - inside) + [young] * inside
+        name = f"a{length}"
+        rows = [Row(name, n, 1, at, 1, n, "", 1) for n, at in enumerate(ats, 1)]
+        one.stores[0].append(rows)
+        charge = lone_charge(name, 1, "", (Window(60, inside),))
+        (verdict,) = one.ledgers[0].charge([charge], NEVER)
+        assert (verdict.accepted, verdict.used) == (False, inside), f"of {length}"
+
+
 def test_heads_in_the_future_with_many_sends_behind_them(bench: Callable[..., Bench]) -> None:
     one = bench()
     windows = (Window(1000, 200),)
