@@ -117,6 +117,7 @@ LOCK_WAIT = 1  # seconds for a lock in MySQL: as short as it can be, for all oth
 LOCK_PAUSE = 2.0  # seconds that an account is left alone whose rows somebody has locked
 RETRY = 1.0  # seconds between two attempts to reach a store that is down
 REMINDER = 60.0  # seconds between two log lines about a trouble that lasts
+WAL_PAGES = 8000  # of 4 KiB that SQLite gathers in its log before it sorts them into the file
 PURGE_ROWS = 50  # in one DELETE: a millisecond or two
 PURGE_PAUSE = 0.025  # seconds between two of them
 PURGE_PUT_OFF = 60.0  # seconds when it meets a lock: while it waits all others do, too
@@ -1481,8 +1482,9 @@ class SQLiteStore(Store):
             self._connection = sqlite3.connect(
                 self._path, timeout=self.patience, isolation_level=None, check_same_thread=False
             )
-            for statement in ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL"):
-                self._run(statement)
+            self._run("PRAGMA journal_mode = WAL")
+            self._run("PRAGMA synchronous = FULL")
+            self._run(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
             for statement in self.SCHEMA:
                 self._run(statement)
             self._run("BEGIN IMMEDIATE")
