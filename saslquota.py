@@ -1424,7 +1424,7 @@ class Store:
             self._locked = False
 
     def rollback(self) -> None:
-        """Give up the locks of heads(), if any; a connection that breaks here shows at its next
+        """Give up the locks of newest(), if any; a connection that breaks here shows at its next
         use."""
         if self._locked:
             self._locked = False
