@@ -198,6 +198,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="a soak test of saslquota on MariaDB")
     parser.add_argument("--minutes", type=float, default=30)
     minutes = parser.parse_args().minutes
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: what it has started is stopped
+        signal.signal(number, signal.default_int_handler)
     with ExitStack() as stack:
         top = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="saslquota-soak-")))
         top.chmod(0o755)
