@@ -1307,12 +1307,11 @@ class Ledger:
             high = tail[0].seq if tail else account.seq
             search = Search(account, period, at - period * 1_000_000, low, high)
             account.spans[period] = Span(list(filter(search.holds, tail)), account.seq)
-            known = (
-                all(map(search.holds, tail)) and account.at >= search.start
-            )  # that high is in it
-            if known and high - low > bool(tail):
+            # Of the tail all is in memory already, of no tail not even `high`.
+            unread = high - low - bool(tail)
+            if unread > 0 and account.at >= search.start and all(map(search.holds, tail)):
                 searches.append(search)
-        for search, oldest in self._search(searches) if searches else ():
+        for search, oldest in self._search(searches):
             search.account.spans[search.period] = Span(oldest, search.account.seq)
 
     def _search(self, searches: list[Search]) -> list[tuple[Search, list[Sent]]]:

@@ -554,16 +554,16 @@ def test_a_window_that_begins_deep_in_a_chain(
     now = START + one.world.now
     for depth in (1, 5, 7, 8, 9, 33, 40, 41, 300, 5000, 9_999):
         period = max(1, (now - rows[-depth].at) // SECOND)
-        kept = [r for r in rows[purged:] if r.epoch == rows[-1].epoch]
-        used = sum(r.recipients for r in kept if r.at >= now - period * SECOND)
+        start, epoch = now - period * SECOND, rows[-1].epoch
+        inside = [r for r in rows[purged:] if r.epoch == epoch and r.at >= start]
+        used = sum(r.recipients for r in inside)
         one.ledgers[0].open()
         window = Window(period, used, msg="{retry_after}")
         charge = lone_charge("a", min(used, depth), "", (window,))
         (verdict,) = one.ledgers[0].charge([charge], NEVER)
         assert (verdict.accepted, verdict.used) == (False, used), f"depth {depth}"
-        sends = itertools.accumulate(r.recipients for r in kept if r.at >= now - period * SECOND)
-        leaving = sum(total < min(used, depth) for total in sends)
-        last = [r for r in kept if r.at >= now - period * SECOND][leaving]
+        totals = itertools.accumulate(r.recipients for r in inside)
+        last = inside[sum(total < min(used, depth) for total in totals)]
         assert verdict.retry == pytest.approx(
             (last.at - now) / SECOND + period + one.world.now / SECOND, abs=1e-5
         )
