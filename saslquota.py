@@ -115,6 +115,7 @@ ATTEMPTS = 3  # connections that may break under one batch before it is given up
 FUTURE = 60_000_000  # microseconds; a send dated further ahead is worth an error
 LOCK_WAIT = 1  # seconds for a lock in MySQL: as short as it can be, for all others wait too
 LOCK_PAUSE = 2.0  # seconds that an account is left alone whose rows somebody has locked
+WATCH = 1.0  # seconds of silence until a connection looks what has become of its last request
 RETRY = 1.0  # seconds between two attempts to reach a store that is down
 REMINDER = 60.0  # seconds between two log lines about a trouble that lasts
 WAL_PAGES = 8000  # of 4 KiB that SQLite gathers in its log before it sorts them into the file
@@ -1742,12 +1743,36 @@ class MySQLStore(Store):
 # --- Committer ------------------------------------------------------------------------------------
 
 
-class Job(NamedTuple):
-    """A charge on its way to the ledger and back."""
+class Job:
+    """A charge on its way to the ledger, and its verdict on the way back."""
 
-    charge: Charge
-    deadline: float  # monotonic seconds
-    mailbox: queue.SimpleQueue[Verdict | None]
+    __slots__ = ("_claim", "_deliver", "_unanswered", "charge", "deadline")
+
+    def __init__(
+        self, charge: Charge, deadline: float, deliver: Callable[[Verdict | None], None]
+    ) -> None:
+        self.charge = charge
+        self.deadline = deadline  # monotonic seconds
+        self._deliver = deliver
+        self._claim = threading.Lock()  # held for good by the one who answers
+        self._unanswered = threading.Lock()
+        self._unanswered.acquire()
+
+    def answer(self, verdict: Verdict | None) -> None:
+        """Deliver the verdict, None for the fallback, in this thread; only the first one counts."""
+        if self._claim.acquire(blocking=False):
+            try:
+                self._deliver(verdict)
+            except Exception:  # no bug may end the thread all wait for
+                log.exception("an answer was lost")
+            self._unanswered.release()
+
+    def wait(self) -> None:
+        """Return when it has been answered; at its deadline the answer is the fallback."""
+        if not self._unanswered.acquire(timeout=max(0.0, self.deadline - time.monotonic())):
+            self.answer(None)
+            self._unanswered.acquire()  # another thread may be about to deliver
+        self._unanswered.release()
 
 
 class Committer(threading.Thread):
@@ -1772,15 +1797,19 @@ class Committer(threading.Thread):
 
     # For the connections' threads.
 
-    def submit(self, charge: Charge) -> Verdict | None:
-        """The ledger's verdict; None when there is none in time, or the store is down."""
+    def submit(self, charge: Charge, deliver: Callable[[Verdict | None], None]) -> Job | None:
+        """Let the ledger's verdict be delivered, by this thread or another; None when there is none
+        in time, or the store is down. Returns what the caller must still wait for, if anything.
+        """
         if self._down:
+            deliver(None)
             return None
         if refusal := self._refused.get(charge.account):
             before, verdict = refusal
             if same_answer(charge, before, verdict) and time.monotonic() < verdict.until:
-                return verdict
-        job = Job(charge, time.monotonic() + self._timeout, queue.SimpleQueue())
+                deliver(verdict)
+                return None
+        job = Job(charge, time.monotonic() + self._timeout, deliver)
         if not self._wanted and self._at_work.acquire(blocking=False):
             try:  # nobody is at work: to wake another thread would take longer than the work
                 self._serve([job])
@@ -1788,10 +1817,7 @@ class Committer(threading.Thread):
                 self._at_work.release()
         else:
             self._jobs.put(job)
-        try:
-            return job.mailbox.get(timeout=self._timeout)
-        except queue.Empty:
-            return None
+        return job
 
     def stop(self, timeout: float) -> None:
         """Finish what has been submitted and end, within so many seconds."""
@@ -1806,10 +1832,10 @@ class Committer(threading.Thread):
     def _flush(self) -> None:
         self._down = True
         for job in self._batch:
-            job.mailbox.put(None)
+            job.answer(None)
         with contextlib.suppress(queue.Empty):
             while (waiting := self._jobs.get_nowait()) is not None:
-                waiting.mailbox.put(None)
+                waiting.answer(None)
             self._stopping = True  # that was stop()'s
 
     # The thread itself.
@@ -1886,7 +1912,7 @@ class Committer(threading.Thread):
         for job, verdict in zip(jobs, verdicts, strict=True):
             if verdict and not verdict.accepted:
                 self._remember(job.charge, verdict)
-            job.mailbox.put(verdict)
+            job.answer(verdict)
 
     def _remember(self, charge: Charge, refusal: Verdict) -> None:
         """A stolen account asks thousands of times: spare the ledger its next refusals."""
@@ -1995,31 +2021,43 @@ class Policy:
         fallback = "DEFER_IF_PERMIT quota service unavailable, try again later"
         self._fallback = "OK" if config.onfailure == "OK" else fallback
 
-    def check(self, request: Request, message: Message | None = None) -> Answer:
-        """Charge the sender, and say what Postfix shall do. Waits for the store. `message` is what
-        the connection remembers."""
-        if request.protocol_state not in self.COUNTED:
-            return Answer("DUNNO", reason=f"asked at {request.protocol_state}")
+    def check(
+        self, request: Request, message: Message, deliver: Callable[[Answer], None]
+    ) -> Job | None:
+        """Charge the sender, and let what Postfix shall do be delivered: see Committer.submit().
+        `message` is what the connection remembers."""
         account = valid(request.sasl_username.strip().lower())  # Bob@x and `bob@x ` are one sender
-        if not account:
-            return Answer(self._nosasl, reason="no sasl_username")
-        if len(account) > MAX_ACCOUNT:
-            return Answer("REJECT login name too long", reason="sasl_username is too long")
-        instance = valid(request.instance)[:MAX_INSTANCE]
-        rules = self._rules.rules.every(account)
-        message = message or Message()
-        message.begin(account, instance, rules)
-        if message.answer:
-            return message.answer
+        answer = self._uncounted(request, account)
+        if not answer:
+            instance = valid(request.instance)[:MAX_INSTANCE]
+            rules = self._rules.rules.every(account)
+            message.begin(account, instance, rules)
+            answer = message.answer
+        if answer:
+            deliver(answer)
+            return None
         parts = [
             Part(POOL + rule.key if rule.pool else account, cost(request, rule), rule.windows)
             for rule in rules
             if not (rule.per_message and message.charged)
         ]
-        verdict = self._committer.submit(Charge(instance, tuple(parts)))
-        answer = self._answer(account, rules[0], verdict)
-        message.settle(answer, rules)
-        return answer
+
+        def settle(verdict: Verdict | None) -> None:
+            answer = self._answer(account, rules[0], verdict)
+            message.settle(answer, rules)
+            deliver(answer)
+
+        return self._committer.submit(Charge(instance, tuple(parts)), settle)
+
+    def _uncounted(self, request: Request, account: str) -> Answer | None:
+        """The answer to what no rule is asked about."""
+        if request.protocol_state not in self.COUNTED:
+            return Answer("DUNNO", reason=f"asked at {request.protocol_state}")
+        if not account:
+            return Answer(self._nosasl, reason="no sasl_username")
+        if len(account) > MAX_ACCOUNT:
+            return Answer("REJECT login name too long", reason="sasl_username is too long")
+        return None
 
     def _answer(self, account: str, rule: Rule, verdict: Verdict | None) -> Answer:
         if verdict is None:
@@ -2080,7 +2118,9 @@ def send_at_once(connection: socket.socket, data: bytes) -> int:
 
 
 class PolicyHandler(socketserver.BaseRequestHandler):
-    """One connection, in a thread of its own: reads requests, answers them, then logs them."""
+    """One connection, in a thread of its own, which reads requests and submits them. Whoever has
+    the answer, the committer as a rule, sends it and then logs it: to wake this thread for that,
+    which can wait for the next request already, would cost a lot (bench/README.md)."""
 
     request: socket.socket
     server: PolicyServer
@@ -2092,24 +2132,18 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         self.idle_since: float | None = self._started  # None while a request is under way
         self._deadline: float | None = self._started + self.server.patience
         self._message = Message()
+        self._job: Job | None = None  # the last request, while it may be unanswered
+        self._unsent = b""  # of its reply: what the client did not take at once
+        self._limit = 0.0
         self.served = False  # whether it has ever asked; Postfix connects to ask at once
         self.server.handlers.add(self)
         self.request.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        # The kernel bounds the taking of a reply; settimeout() would cost a poll() for each.
-        limit = struct.pack("ll", self.server.patience, 0)
-        self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        self._bound(socket.SO_SNDTIMEO, self.server.patience)
         log.debug("[%d] thread started", self.number)
 
     def handle(self) -> None:
-        stream = RequestStream(self._receive)
         try:
-            while request := stream.read_request():
-                self.idle_since = None
-                answer = self.server.policy.check(request, self._message)
-                self._send(format_reply(answer.action), hasty=stream.more)
-                self._log(request, answer)
-                self.served, self._deadline = True, None
-                self.idle_since = time.monotonic()
+            self._serve()
         except ProtocolError as error:
             log.warning("[%d] malformed input, connection closed: %s", self.number, error)
         except (TimeoutError, BlockingIOError):
@@ -2117,31 +2151,67 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         except OSError as error:
             log.info("[%d] connection lost: %s", self.number, error.strerror)
 
+    def _serve(self) -> None:
+        stream = RequestStream(self._receive)
+        try:
+            while request := stream.read_request():
+                self._settle()
+                self.idle_since = self._deadline = None
+                deliver = functools.partial(self._deliver, request)
+                self._job = self.server.policy.check(request, self._message, deliver)
+                if stream.more:  # a client in a hurry gives the others their turn
+                    time.sleep(0)
+        finally:
+            self._settle()
+
     def finish(self) -> None:
         self.server.handlers.discard(self)
         log.debug("[%d] thread stopped : (%.4f)", self.number, time.monotonic() - self._started)
+
+    def _settle(self) -> None:
+        """Wait until the last request is answered, and the reply taken. Raises OSError."""
+        if self._job:
+            self._job.wait()
+            self._job = None
+        reply, self._unsent = self._unsent, b""
+        if reply:
+            self.request.sendall(reply)
 
     def _receive(self, begun: bool) -> bytes:
         """The next bytes. Between requests it waits for ever: Postfix keeps its connections. The
         first request, and one that has begun, have a deadline. Raises TimeoutError."""
         if begun and self._deadline is None:
+            self._settle()
             self._deadline = time.monotonic() + self.server.patience
             self.idle_since = None
-        if self._deadline is not None:
-            left = self._deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError
-            self.request.settimeout(left)
-        elif self.request.gettimeout() is not None:
-            self.request.settimeout(None)
-        return self.request.recv(65536)
+        while True:
+            if self._deadline is not None:
+                limit = self._deadline - time.monotonic()
+                if limit <= 0:
+                    raise TimeoutError
+            else:
+                limit = WATCH if self._job or self._unsent else 0
+            if limit != self._limit:
+                self._limit = limit
+                self._bound(socket.SO_RCVTIMEO, limit)
+            with contextlib.suppress(BlockingIOError):
+                return self.request.recv(65536)
+            if self._deadline is None:
+                self._settle()
 
-    def _send(self, reply: bytes, *, hasty: bool) -> None:
-        """Send a reply; wait only when the client does not take it. One that is `hasty`, and asks
-        on before it has its answer, gives the other threads their turn. Raises OSError."""
-        taken = 0 if hasty else send_at_once(self.request, reply)
-        if taken < len(reply):
-            self.request.sendall(reply[taken:])
+    def _bound(self, option: int, seconds: float) -> None:
+        """Let the kernel bound how long a call waits, 0 for ever: settimeout() would cost a poll()
+        for each."""
+        limit = divmod(math.ceil(seconds * 1e6), 1_000_000)
+        self.request.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", *limit))
+
+    def _deliver(self, request: Request, answer: Answer) -> None:
+        """Answer a request, in any thread: nothing here may wait."""
+        reply = format_reply(answer.action)
+        self._unsent = reply[send_at_once(self.request, reply) :]
+        self._log(request, answer)
+        self.served = True
+        self.idle_since = time.monotonic()
 
     def _log(self, request: Request, answer: Answer) -> None:
         if log.isEnabledFor(logging.DEBUG):

@@ -17,12 +17,40 @@ from types import FrameType
 import pytest
 from servers import IS_ROOT, Daemon, Database, MariaDB, Postfix, Supervisor
 
-from saslquota import Charge, Part, Window
+from saslquota import (
+    Answer,
+    Charge,
+    Committer,
+    Message,
+    Part,
+    Policy,
+    Request,
+    Verdict,
+    Window,
+)
 
 
 def lone_charge(account: str, cost: int, instance: str, windows: tuple[Window, ...]) -> Charge:
     """Return a send of a sender above whom there is no pool."""
     return Charge(instance, (Part(account, cost, windows),))
+
+
+def submit(committer: Committer, charge: Charge) -> Verdict | None:
+    """Return what is delivered; it must be one verdict."""
+    verdicts: list[Verdict | None] = []
+    if job := committer.submit(charge, verdicts.append):
+        job.wait()
+    (verdict,) = verdicts
+    return verdict
+
+
+def check(policy: Policy, request: Request, message: Message | None = None) -> Answer:
+    """Return what is delivered; it must be one answer."""
+    answers: list[Answer] = []
+    if job := policy.check(request, message or Message(), answers.append):
+        job.wait()
+    (answer,) = answers
+    return answer
 
 
 def require(*commands: str, root: bool = False) -> None:

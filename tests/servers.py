@@ -5,6 +5,7 @@ deadline, and is stopped by its process id. Nothing here reads or writes /etc/po
 /etc/sasldb2 or a system service. Most are context managers: start on entry, stop on exit.
 """
 
+import fcntl
 import json
 import os
 import random
@@ -16,7 +17,9 @@ import socket
 import ssl
 import subprocess
 import sys
+import termios
 import time
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -396,6 +399,12 @@ class Policy:
         line, end = self._stream.readline(), self._stream.readline()
         assert (line[:7], line[-1:], end) == (b"action=", b"\n", b"\n"), (line, end)
         return line[7:-1].decode("utf-8")
+
+    def unread(self) -> int:
+        """Tell how many bytes have come that nobody has read."""
+        number = array("i", [0])
+        fcntl.ioctl(self._socket, termios.FIONREAD, number)
+        return number[0]
 
     def at_end(self) -> bool:
         """Wait until the daemon closes or sends; tell whether it closed."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import lone_charge
+from conftest import lone_charge, submit
 from faults import session
 from servers import Database, wait_for
 from test_store import mysql_config
@@ -37,7 +37,7 @@ def committer(tmp_path: Path) -> Iterator[Committer]:
 
 
 def ask(committer: Committer, windows: tuple[Window, ...] = HOUR, n: int = 1) -> Verdict:
-    verdict = committer.submit(lone_charge("a", n, "", windows))
+    verdict = submit(committer, lone_charge("a", n, "", windows))
     assert verdict
     return verdict
 
@@ -73,7 +73,7 @@ def test_a_larger_charge_is_told_its_own_moment(committer: Committer) -> None:
 def test_a_refusal_by_a_pool_is_none_without_it(committer: Committer) -> None:
     full = Part("POOL *", 1, (Window(3600, 0),))
     own = Part("a", 1, HOUR)
-    refused = committer.submit(Charge("", (own, full)))
+    refused = submit(committer, Charge("", (own, full)))
     assert refused
     assert not refused.accepted
     assert ask(committer).accepted
@@ -114,7 +114,7 @@ def test_whoever_waits_when_it_gives_up_gets_the_fallback(tmp_path: Path) -> Non
         locker.open()
         locker._run("BEGIN IMMEDIATE")
         waiting = [
-            pool.submit(committer.submit, lone_charge(name, 1, "", HOUR))
+            pool.submit(submit, committer, lone_charge(name, 1, "", HOUR))
             for name in ("b", "c", "d")
         ]
         wait_for(lambda: committer._at_work.locked(), 5, "the ledger is at work")
@@ -122,6 +122,44 @@ def test_whoever_waits_when_it_gives_up_gets_the_fallback(tmp_path: Path) -> Non
         assert [future.result(10) for future in waiting] == [None] * 3
         locker._run("ROLLBACK")
         locker.close()
+
+
+def test_the_first_answer_counts(tmp_path: Path) -> None:
+    """That of a store that is stuck comes too late."""
+    path = tmp_path / "ledger.db"
+    verdicts: list[Verdict | None] = []
+    with running(path, timeout=1) as committer, ThreadPoolExecutor(1) as pool:
+        ask(committer)
+        locker = SQLiteStore(path, 1)
+        locker.open()
+        locker._run("BEGIN IMMEDIATE")
+        pool.submit(submit, committer, lone_charge("b", 1, "", HOUR))
+        wait_for(lambda: committer._at_work.locked(), 5, "the ledger is at work")
+        job = committer.submit(lone_charge("c", 1, "", HOUR), verdicts.append)
+        assert job
+        start = time.monotonic()
+        job.wait()
+        assert 0.5 < time.monotonic() - start < 5
+        assert verdicts == [None]
+        locker._run("ROLLBACK")
+        locker.close()
+        job.answer(Verdict(True, 1, HOUR[0]))
+        wait_for(lambda: submit(committer, lone_charge("d", 1, "", HOUR)), 10, "it counts again")
+    assert verdicts == [None]
+
+
+def test_a_bug_in_a_reply_costs_only_that_reply(
+    committer: Committer, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(_: Verdict | None) -> None:
+        raise ZeroDivisionError
+
+    with committer._at_work:  # so that it is the committer's thread
+        job = committer.submit(lone_charge("b", 1, "", HOUR), broken)
+    assert job
+    job.wait()
+    assert "an answer was lost" in caplog.text
+    assert ask(committer).used == 1
 
 
 def test_a_bug_in_the_ledger_costs_only_fallbacks(
@@ -134,10 +172,10 @@ def test_a_bug_in_the_ledger_costs_only_fallbacks(
 
     with monkeypatch.context() as patch:
         patch.setattr(committer._ledger, "charge", broken)
-        assert committer.submit(lone_charge("b", 1, "", HOUR)) is None
-        assert committer.submit(lone_charge("b", 1, "", HOUR)) is None
+        assert submit(committer, lone_charge("b", 1, "", HOUR)) is None
+        assert submit(committer, lone_charge("b", 1, "", HOUR)) is None
     assert committer.is_alive()
-    wait_for(lambda: committer.submit(lone_charge("b", 1, "", HOUR)), 10, "it counts again")
+    wait_for(lambda: submit(committer, lone_charge("b", 1, "", HOUR)), 10, "it counts again")
 
 
 def test_a_batch_forms_while_another_is_under_way(
@@ -153,10 +191,10 @@ def test_a_batch_forms_while_another_is_under_way(
     ask(committer)
     monkeypatch.setattr(committer._ledger, "charge", slow)
     with ThreadPoolExecutor(21) as pool:
-        first = pool.submit(committer.submit, lone_charge("b", 1, "", HOUR))
+        first = pool.submit(submit, committer, lone_charge("b", 1, "", HOUR))
         wait_for(lambda: batches, 5, "the first is under way")
         charges = [lone_charge(f"user{n}", 1, "", HOUR) for n in range(20)]
-        others = [pool.submit(committer.submit, one) for one in charges]
+        others = [pool.submit(submit, committer, one) for one in charges]
         wait_for(lambda: committer._jobs.qsize() >= 19, 5, "the others wait")
         go_on.set()
         assert all(future.result(10) for future in [first, *others])
@@ -166,12 +204,12 @@ def test_a_batch_forms_while_another_is_under_way(
 def test_nobody_waits_for_a_store_that_is_known_to_be_down(tmp_path: Path) -> None:
     committer = Committer(Ledger(SQLiteStore(tmp_path / "none" / "x.db", 1), 30 * DAY), 30)
     committer.start()
-    assert committer.submit(lone_charge("a", 1, "", HOUR)) is None
+    assert submit(committer, lone_charge("a", 1, "", HOUR)) is None
     start = time.monotonic()
-    assert [committer.submit(lone_charge("a", 1, "", HOUR)) for _ in range(100)] == [None] * 100
+    assert [submit(committer, lone_charge("a", 1, "", HOUR)) for _ in range(100)] == [None] * 100
     assert time.monotonic() - start < 5
     (tmp_path / "none").mkdir()
-    wait_for(lambda: committer.submit(lone_charge("a", 1, "", HOUR)), 10, "the store is there")
+    wait_for(lambda: submit(committer, lone_charge("a", 1, "", HOUR)), 10, "the store is there")
     committer.stop(10)
 
 
@@ -194,7 +232,7 @@ def test_a_purge_goes_on_beside_the_requests(
         return int(store._run("SELECT COUNT(*) FROM sends WHERE account = 'a'")[0][0])
 
     def worked() -> bool:
-        assert committer.submit(lone_charge("b", 1, "", windows))
+        assert submit(committer, lone_charge("b", 1, "", windows))
         committer._due = 0.0  # the next purge is due
         return left() < 1000
 
@@ -217,7 +255,7 @@ def test_a_purge_that_meets_a_lock_holds_nobody_up_again(database: Database) -> 
         ends = time.monotonic() + 4
         while time.monotonic() < ends:
             began = time.monotonic()
-            assert committer.submit(lone_charge("b", 1, "", (Window(3600, 10**6),)))
+            assert submit(committer, lone_charge("b", 1, "", (Window(3600, 10**6),)))
             waits.append(time.monotonic() - began)
     committer.stop(10)
     assert sum(wait > 0.5 for wait in waits) <= 2  # the first one opens the store, too

@@ -13,6 +13,7 @@ import select
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
@@ -227,6 +228,13 @@ def test_two_hundred_that_take_no_reply(daemon: Start, new_directory: Callable[[
                     with suppress(BlockingIOError):
                         while True:
                             policy._socket.send(WHOLE * 50)
+            seen: deque[int] = deque(maxlen=20)
+
+            def stuck() -> bool:
+                seen.append(sum(policy.unread() for policy in policies))
+                return len(seen) == 20 and len(set(seen)) == 1
+
+            wait_for(stuck, 20, "the daemon has answered as much as is taken")
             yield
 
     assert_unharmed(running, path, choke)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import check
 
 from saslquota import (
     Answer,
@@ -114,7 +115,7 @@ def used(answer: Answer) -> int:
 def test_what_a_request_costs(
     policy: Policy, rows: Callable[[str], list[Any]], state: str, count: int, cost: int
 ) -> None:
-    answer = policy.check(request(state=state, recipient_count=count))
+    answer = check(policy, request(state=state, recipient_count=count))
     assert (answer.action, used(answer)) == ("OK", cost)
     assert rows("account, seq, recipients, total") == [("alice@example.com", 1, cost, cost)]
 
@@ -128,7 +129,7 @@ FREE = ["CONNECT", "EHLO", "HELO", "VRFY", "ETRN", "", "rcpt"]
 def test_the_other_states_cost_nothing(tmp_path: Path, state: str, login: str, nosasl: str) -> None:
     """And are never refused: with smtpd_delay_reject=no nobody could log in any more."""
     policy, *_ = make_policy(tmp_path, nosasl=nosasl)  # its committer never runs
-    assert policy.check(request(login, state)).action == "DUNNO"
+    assert check(policy, request(login, state)).action == "DUNNO"
 
 
 @pytest.mark.parametrize("state", ["MAIL", "RCPT", "DATA", "END-OF-MESSAGE"])
@@ -138,19 +139,19 @@ def test_the_other_states_cost_nothing(tmp_path: Path, state: str, login: str, n
 )
 def test_without_a_login(tmp_path: Path, state: str, login: str, nosasl: str, action: str) -> None:
     policy, *_ = make_policy(tmp_path, nosasl=nosasl)
-    answer = policy.check(request(login, state))
+    answer = check(policy, request(login, state))
     assert (answer.action, answer.verdict) == (action, None)
 
 
 def test_without_a_login_is_the_default_a_refusal(policy: Policy) -> None:
-    assert policy.check(request("")).action == "REJECT authentication required"
+    assert check(policy, request("")).action == "REJECT authentication required"
 
 
 # --- The quota ------------------------------------------------------------------------------------
 
 
 def test_exactly_the_quota_passes(policy: Policy) -> None:
-    answers = [policy.check(request()) for _ in range(12)]
+    answers = [check(policy, request()) for _ in range(12)]
     assert [a.action for a in answers] == ["OK"] * 10 + ["REJECT over quota"] * 2
     assert [used(a) for a in answers] == [*range(1, 11), 10, 10]
 
@@ -159,17 +160,17 @@ def test_a_refused_send_is_not_counted(policy: Policy, rows: Callable[[str], lis
     """What fits after it still passes."""
     sizes = [(6, "OK"), (5, "REJECT over quota"), (4, "OK"), (1, "REJECT over quota")]
     for count, action in sizes:
-        assert policy.check(request(state="DATA", recipient_count=count)).action == action
+        assert check(policy, request(state="DATA", recipient_count=count)).action == action
     assert rows("recipients, total") == [(6, 6), (4, 10)]
 
 
 def test_each_sender_has_a_quota_of_its_own(policy: Policy) -> None:
-    assert [policy.check(request(f"{n}@small.example")).action for n in "abc"] == ["OK"] * 3
-    assert policy.check(request("b@small.example")).action == "REJECT one is enough"
+    assert [check(policy, request(f"{n}@small.example")).action for n in "abc"] == ["OK"] * 3
+    assert check(policy, request("b@small.example")).action == "REJECT one is enough"
 
 
 def test_a_quota_of_nothing(policy: Policy, rows: Callable[[str], list[Any]]) -> None:
-    assert policy.check(request("a@none.example")).action == "REJECT never"
+    assert check(policy, request("a@none.example")).action == "REJECT never"
     assert rows("*") == []
 
 
@@ -177,7 +178,7 @@ def test_many_at_once_never_pass_the_quota(policy: Policy) -> None:
     actions: list[str] = []
 
     def send() -> None:
-        actions.extend(policy.check(request()).action for _ in range(5))
+        actions.extend(check(policy, request()).action for _ in range(5))
 
     threads = [threading.Thread(target=send) for _ in range(8)]
     for thread in threads:
@@ -188,8 +189,8 @@ def test_many_at_once_never_pass_the_quota(policy: Policy) -> None:
 
 
 def test_the_count_outlives_the_daemon(make: Make) -> None:
-    assert make().check(request("a@small.example")).action == "OK"
-    assert make().check(request("a@small.example")).action == "REJECT one is enough"
+    assert check(make(), request("a@small.example")).action == "OK"
+    assert check(make(), request("a@small.example")).action == "REJECT one is enough"
 
 
 # --- Who is charged -------------------------------------------------------------------------------
@@ -212,7 +213,7 @@ def test_the_count_outlives_the_daemon(make: Make) -> None:
 def test_the_account(
     policy: Policy, rows: Callable[[str], list[Any]], login: str, account: str
 ) -> None:
-    assert [used(policy.check(request(who))) for who in (login, account)] == [1, 2]
+    assert [used(check(policy, request(who))) for who in (login, account)] == [1, 2]
     assert rows("account, seq") == [(account, 1), (account, 2)]
 
 
@@ -229,15 +230,15 @@ def test_the_account(
 def test_a_login_that_is_too_long(
     policy: Policy, rows: Callable[[str], list[Any]], login: str
 ) -> None:
-    answer = policy.check(request(login))
+    answer = check(policy, request(login))
     assert (answer.action, answer.verdict) == ("REJECT login name too long", None)
-    assert policy.check(request("bob")).action == "OK"
+    assert check(policy, request("bob")).action == "OK"
     assert rows("account") == [("bob",)]
 
 
 def test_logins_that_are_no_utf_8_are_told_apart(policy: Policy) -> None:
     logins = ["jo\udce3o@small.example", "jo\udce4o@small.example", "joo@small.example"]
-    assert [policy.check(request(login)).action for login in logins] == ["OK"] * 3
+    assert [check(policy, request(login)).action for login in logins] == ["OK"] * 3
 
 
 @pytest.mark.parametrize(
@@ -253,12 +254,12 @@ def test_logins_that_are_no_utf_8_are_told_apart(policy: Policy) -> None:
 def test_the_instance(
     policy: Policy, rows: Callable[[str], list[Any]], sent: str, kept: str
 ) -> None:
-    assert policy.check(request(instance=sent)).action == "OK"
+    assert check(policy, request(instance=sent)).action == "OK"
     assert rows("instance") == [(kept,)]
 
 
 def test_the_largest_count_passes(policy: Policy, rows: Callable[[str], list[Any]]) -> None:
-    answer = policy.check(request(state="DATA", recipient_count=1_000_000))
+    answer = check(policy, request(state="DATA", recipient_count=1_000_000))
     assert answer.action == "REJECT over quota"
     assert rows("*") == []
 
@@ -269,7 +270,7 @@ def test_the_largest_count_passes(policy: Policy, rows: Callable[[str], list[Any
 @pytest.mark.parametrize("action", ["OK", "DUNNO"])
 def test_the_action_for_an_accepted_send(make: Make, action: str) -> None:
     policy = make(okaction=action)
-    sent = [policy.check(request("a@small.example")).action for _ in range(2)]
+    sent = [check(policy, request("a@small.example")).action for _ in range(2)]
     assert sent == [action, "REJECT one is enough"]
 
 
@@ -286,10 +287,10 @@ def test_the_action_when_the_store_cannot_be_used(
 ) -> None:
     settings = {} if onfailure is None else {"onfailure": onfailure}
     policy = make(sqlitefile="missing/saslquota.db", **settings)
-    answer = policy.check(request())
+    answer = check(policy, request())
     assert (answer.action, answer.verdict) == (action, None)
-    assert policy.check(request("")).action == "REJECT authentication required"
-    assert policy.check(request(state="CONNECT")).action == "DUNNO"
+    assert check(policy, request("")).action == "REJECT authentication required"
+    assert check(policy, request(state="CONNECT")).action == "DUNNO"
     assert not (tmp_path / "missing").exists()
 
 
@@ -297,14 +298,14 @@ def test_a_rule_changes_while_it_runs(tmp_path: Path) -> None:
     """Also its period: what was sent before still counts."""
     policy, rules, committer = make_policy(tmp_path)
     committer.start()
-    assert [policy.check(request("a@small.example")).action for _ in range(2)] == [
+    assert [check(policy, request("a@small.example")).action for _ in range(2)] == [
         "OK",
         "REJECT one is enough",
     ]
     changed = {**RULES, "small.example": {"period": 7200, "msgquota": 2, "msg": "two are enough"}}
     (tmp_path / "quotarules.json").write_text(json.dumps(changed), "utf-8")
     rules.reload()
-    assert [policy.check(request("a@small.example")).action for _ in range(2)] == [
+    assert [check(policy, request("a@small.example")).action for _ in range(2)] == [
         "OK",
         "REJECT two are enough",
     ]
@@ -316,7 +317,7 @@ def test_a_rule_changes_while_it_runs(tmp_path: Path) -> None:
 
 def test_the_line_of_an_accepted_send(policy: Policy) -> None:
     sent = request("Alice@Example.com", recipient="b@y.br")
-    assert verdict_line(sent, policy.check(sent)) == (
+    assert verdict_line(sent, check(policy, sent)) == (
         "sasl_username=Alice@Example.com, rcpt=b@y.br, rule=default, quota 1/10 (10.00%),"
         " period=3600, action=ACCEPT, sender=a@x.br, client_address=192.0.2.1,"
         " instance=123.456.789.0"
@@ -329,8 +330,8 @@ def test_the_line_of_an_accepted_send(policy: Policy) -> None:
 )
 def test_the_line_of_a_refused_send(policy: Policy, login: str, quota: str) -> None:
     sent = request(login)
-    policy.check(sent)
-    answer = policy.check(sent)
+    check(policy, sent)
+    answer = check(policy, sent)
     assert answer.rule
     assert verdict_line(sent, answer) == (
         f"sasl_username={login}, rcpt=b@y.br, rule={answer.rule.key}, quota {quota},"
@@ -346,7 +347,7 @@ Rows = Callable[[str], list[Any]]
 
 
 def replies(policy: Policy, message: Message, *instances: str, **more: Any) -> list[str]:
-    return [policy.check(request(instance=i, **more), message).action for i in instances]
+    return [check(policy, request(instance=i, **more), message).action for i in instances]
 
 
 def test_a_message_is_charged_once(make: Make, rows: Rows) -> None:
@@ -376,7 +377,7 @@ def test_what_is_one_message(make: Make, rows: Rows, second: dict[str, Any], cha
     for more in ({}, second):
         with_defaults = {"instance": "1", "message": message, **more}
         memory = with_defaults.pop("message")
-        policy.check(request(**with_defaults), memory)
+        check(policy, request(**with_defaults), memory)
     assert len(rows("*")) == charged
 
 
@@ -454,7 +455,7 @@ def test_recipients_of_a_sender_in_a_pool_of_messages(make: Make, rows: Rows) ->
 
 def test_no_login_is_a_pool(make: Make, rows: Rows) -> None:
     policy = make({"default": {**HOUR, "msgquota": 9}, "*": {"msgquota": 1}})
-    assert policy.check(request("POOL *")).action == "OK"
+    assert check(policy, request("POOL *")).action == "OK"
     assert rows("account") == [("POOL *",), ("pool *",)]
     every = "".join(map(chr, range(0x110000)))
     assert not set("POL") & set(every.lower())
@@ -467,21 +468,21 @@ def test_the_shown_window_is_the_fullest(make: Make) -> None:
             "*": {**HOUR, "msgquota": 5},
         }
     )
-    line = verdict_line(request(), policy.check(request()))
+    line = verdict_line(request(), check(policy, request()))
     assert "rule=default, quota 1/4 (25.00%), period=3600, action=ACCEPT, sender" in line
 
 
 def test_placeholders(make: Make) -> None:
     msg = "{{{sasl_username}}} {rule} {used}/{msgquota} {period} {retry_after}"
     policy = make({"default": {"period": "90m", "msgquota": 0, "msg": msg}})
-    answer = policy.check(request("Bob\r\x7f@x.org"))
+    answer = check(policy, request("Bob\r\x7f@x.org"))
     assert answer.action == "REJECT {bob??@x.org} default 0/0 1h30m never"
     assert verdict_line(request(), answer).endswith(", msg={bob??@x.org} default 0/0 1h30m never")
 
 
 def test_no_limit(make: Make) -> None:
     policy = make({"default": {**HOUR, "msgquota": "unlimited"}})
-    answer = policy.check(request(state="DATA", recipient_count=1_000_000))
+    answer = check(policy, request(state="DATA", recipient_count=1_000_000))
     assert ", quota 1000000/unlimited (0.00%), " in verdict_line(request(), answer)
 
 
@@ -490,7 +491,7 @@ def test_what_is_not_enforced_is_counted(make: Make, rows: Rows) -> None:
     policy = make(
         {"default": trial, "*": {"msgquota": 2, "enforce": True, "msg": "pool"}}, okaction="DUNNO"
     )
-    answers = [policy.check(request()) for _ in range(3)]
+    answers = [check(policy, request()) for _ in range(3)]
     assert [answer.action for answer in answers] == ["DUNNO", "DUNNO", "DEFER pool"]
     assert "quota 2/1 (200.00%), period=3600, action=DEFER (not enforced), " in verdict_line(
         request(), answers[1]

@@ -396,6 +396,37 @@ def test_a_reply_that_is_not_taken_has_a_deadline(
         assert policy.ask() == "OK"
 
 
+def test_a_reply_that_finds_no_room_comes_when_there_is(
+    daemon: Start, new_directory: Callable[[], Path]
+) -> None:
+    """Whichever thread had the answer: nothing is lost, and the connection is served on."""
+    path = str(new_directory() / "policy")
+    running = daemon({"_bind": f"unix:{path}", "_loglevel": "INFO"})
+
+    def ask(policy: Policy) -> bool:
+        """Whether the reply comes in though none is read."""
+        before = policy.unread()
+        policy.send(WHOLE)
+        try:
+            return wait_for(lambda: policy.unread() > before, 0.5, "a reply")
+        except AssertionError:
+            return False
+
+    with connected(path) as policy, connected(path) as second, connected(path) as other:
+        room = 0
+        while ask(policy):
+            room += 1
+        assert [policy.reply() for _ in range(room + 1)] == ["DUNNO"] * (room + 1)
+        assert policy.ask() == "OK"
+        assert all(ask(second) for _ in range(room))
+        with locked(running):
+            other.send(Policy.block())
+            second.send(Policy.block())
+        assert other.reply() == "OK"
+        assert [second.reply() for _ in range(room)] == ["DUNNO"] * room
+        assert [second.reply(), second.ask()] == ["OK"] * 2
+
+
 # --- Limits ---------------------------------------------------------------------------------------
 
 

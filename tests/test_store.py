@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import lone_charge
+from conftest import lone_charge, submit
 from faults import changed, crowded
 from servers import ROOT, Database, MariaDB, wait_for
 
@@ -249,7 +250,7 @@ def test_threads_of_one_daemon_accept_exactly_the_quota(new_store: OpenStore) ->
     committer.start()
     charge = lone_charge("a", 1, "", (Window(3600, 1000),))
     with ThreadPoolExecutor(40) as pool:
-        verdicts = list(pool.map(committer.submit, [charge] * 5000))
+        verdicts = list(pool.map(partial(submit, committer), [charge] * 5000))
     committer.stop(10)
     assert not committer.is_alive()
     assert None not in verdicts
