@@ -98,6 +98,7 @@ from typing import Any, NamedTuple
 __version__ = "2.0.0"
 
 MAX_REQUEST = 64 * 1024  # bytes; Postfix sends 1-20 KiB
+RECEIVE = 4096  # bytes at a time; each waiting connection has so much at hand
 MAX_ATTRIBUTES = 256  # Postfix 3.7 sends 31
 MAX_RECIPIENTS = 1_000_000  # in one request; Postfix's own limit is 1,000 by default
 MAX_ACCOUNT = 320  # characters; the column's width: 64 of a local part, @, 255 of a domain
@@ -2195,7 +2196,7 @@ class PolicyHandler(socketserver.BaseRequestHandler):
                 self._limit = limit
                 self._bound(socket.SO_RCVTIMEO, limit)
             with contextlib.suppress(BlockingIOError):
-                return self.request.recv(65536)
+                return self.request.recv(RECEIVE)
             if self._deadline is None:
                 self._settle()
 

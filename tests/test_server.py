@@ -24,7 +24,7 @@ from saslquota import PolicyServer
 Start = Callable[..., Daemon]
 ONE_EACH = {"default": {"period": 3600, "msgquota": 1, "msg": "over quota"}}
 SMALL = b"request=smtpd_access_policy\nprotocol_state=CONNECT\n\n"
-WHOLE = SMALL[:-1] + b"sender=a@xx\n\n"  # 64 bytes: recv(65536) gives no part of one
+WHOLE = SMALL[:-1] + b"sender=a@xx\n\n"  # 64 bytes: a recv() gives no part of one
 assert len(WHOLE) == 64
 
 
