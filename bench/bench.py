@@ -178,7 +178,7 @@ def measure_all(options: argparse.Namespace) -> tuple[list[Round], int]:
     """All rounds, and the number of lines that saslquota has logged."""
     rounds = []
     with Bench() as bench:
-        database = MariaDB(bench)
+        database = MariaDB(bench, options.mariadbd)
         for turn in range(options.rounds):
             this = Round(
                 bench, database, turn, options.seconds, 0.01 if options.quick else 1.0,
@@ -270,6 +270,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--quick", action="store_true", help="a tiny load, to see that everything works"
+    )
+    parser.add_argument(
+        "--mariadbd",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="a further option for mariadbd, such as --mariadbd=--innodb-buffer-pool-size=512M",
     )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="also write every measurement to a file"

@@ -228,9 +228,10 @@ class BenchError(Exception):
 
 
 class MariaDB:
-    """A private server with Debian's defaults, which make every commit durable."""
+    """A private server with Debian's defaults, which make every commit durable, and the options
+    of --mariadbd."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: Bench, options: Sequence[str] = ()) -> None:
         self.port = free_port()
         self.user, self.password = "saslquota", secrets.token_hex(8)
         self.socket = bench.sockets / "mariadb"
@@ -241,7 +242,7 @@ class MariaDB:
         subprocess.run(install, stdout=bench.log, stderr=bench.log, check=True)
         serve = ["mariadbd", *common, f"--socket={self.socket}", f"--port={self.port}"]
         serve += ["--bind-address=127.0.0.1", f"--pid-file={bench.sockets / 'mariadb.pid'}"]
-        serve += ["--innodb-flush-log-at-trx-commit=1", "--skip-name-resolve"]
+        serve += ["--innodb-flush-log-at-trx-commit=1", "--skip-name-resolve", *options]
         bench.start(serve, self.is_ready)
         self.sql(
             f"CREATE USER {self.user}@'127.0.0.1' IDENTIFIED BY '{self.password}';"
