@@ -117,6 +117,7 @@ FUTURE = 60_000_000  # microseconds; a send dated further ahead is worth an erro
 LOCK_WAIT = 1  # seconds for a lock in MySQL: as short as it can be, for all others wait too
 LOCK_PAUSE = 2.0  # seconds that an account is left alone whose rows somebody has locked
 WATCH = 1.0  # seconds of silence until a connection looks what has become of its last request
+OVERDUE = 0.1  # seconds between two looks whether the ledger takes too long
 RETRY = 1.0  # seconds between two attempts to reach a store that is down
 REMINDER = 60.0  # seconds between two log lines about a trouble that lasts
 WAL_PAGES = 8000  # of 4 KiB that SQLite gathers in its log before it sorts them into the file
@@ -1747,7 +1748,7 @@ class MySQLStore(Store):
 class Job:
     """A charge on its way to the ledger, and its verdict on the way back."""
 
-    __slots__ = ("_claim", "_deliver", "_unanswered", "charge", "deadline")
+    __slots__ = ("_claim", "_deliver", "_error", "_unanswered", "charge", "deadline")
 
     def __init__(
         self, charge: Charge, deadline: float, deliver: Callable[[Verdict | None], None]
@@ -1755,6 +1756,7 @@ class Job:
         self.charge = charge
         self.deadline = deadline  # monotonic seconds
         self._deliver = deliver
+        self._error: Exception | None = None
         self._claim = threading.Lock()  # held for good by the one who answers
         self._unanswered = threading.Lock()
         self._unanswered.acquire()
@@ -1764,16 +1766,23 @@ class Job:
         if self._claim.acquire(blocking=False):
             try:
                 self._deliver(verdict)
-            except Exception:  # no bug may end the thread all wait for
-                log.exception("an answer was lost")
+            except Exception as error:  # noqa: BLE001 - no bug may end the thread all wait for
+                self._error = error
             self._unanswered.release()
 
+    @property
+    def answered(self) -> bool:
+        return not self._unanswered.locked()
+
     def wait(self) -> None:
-        """Return when it has been answered; at its deadline the answer is the fallback."""
+        """Return when it has been answered; at its deadline the answer is the fallback. Raises what
+        went wrong in the delivery."""
         if not self._unanswered.acquire(timeout=max(0.0, self.deadline - time.monotonic())):
             self.answer(None)
             self._unanswered.acquire()  # another thread may be about to deliver
         self._unanswered.release()
+        if self._error:
+            raise self._error
 
 
 class Committer(threading.Thread):
@@ -1790,6 +1799,7 @@ class Committer(threading.Thread):
         self._refused: dict[str, tuple[Charge, Verdict]] = {}  # by account
         self._locked: dict[str, float] = {}  # by account; left alone until then, monotonic seconds
         self._batch: Sequence[Job] = ()  # what the ledger is at work on
+        self._taken: list[Job] = []  # from the queue, by the thread itself
         self._at_work = threading.Lock()  # whoever holds it uses the ledger
         self._wanted = False  # the committer has a batch and waits for the lock
         self._stopping = False
@@ -1800,7 +1810,7 @@ class Committer(threading.Thread):
 
     def submit(self, charge: Charge, deliver: Callable[[Verdict | None], None]) -> Job | None:
         """Let the ledger's verdict be delivered, by this thread or another; None when there is none
-        in time, or the store is down. Returns what the caller must still wait for, if anything.
+        in time, or the store is down. Returns what is not answered yet, if anything.
         """
         if self._down:
             deliver(None)
@@ -1816,8 +1826,9 @@ class Committer(threading.Thread):
                 self._serve([job])
             finally:
                 self._at_work.release()
-        else:
-            self._jobs.put(job)
+            job.wait()
+            return None
+        self._jobs.put(job)
         return job
 
     def stop(self, timeout: float) -> None:
@@ -1832,7 +1843,7 @@ class Committer(threading.Thread):
 
     def _flush(self) -> None:
         self._down = True
-        for job in self._batch:
+        for job in [*self._batch, *self._taken]:
             job.answer(None)
         with contextlib.suppress(queue.Empty):
             while (waiting := self._jobs.get_nowait()) is not None:
@@ -1843,21 +1854,32 @@ class Committer(threading.Thread):
 
     def run(self) -> None:
         while not self._stopping:
-            jobs: list[Job | None] = []
+            self._taken = []
             with contextlib.suppress(queue.Empty):
-                pause = min(RETRY, self._due - time.monotonic())
-                jobs.append(self._jobs.get(timeout=max(0.0, pause)))
+                self._take(timeout=max(0.0, min(RETRY, self._due - time.monotonic())))
             self._wanted = True
-            with self._at_work:
+            while not self._at_work.acquire(timeout=OVERDUE):
+                for job in self._batch:  # a thread at work cannot watch over its own request
+                    if job.deadline <= time.monotonic():
+                        job.answer(None)
+            try:
                 with contextlib.suppress(queue.Empty):
-                    while len(jobs) < MAX_BATCH:
-                        jobs.append(self._jobs.get_nowait())
-                self._serve([job for job in jobs if job])
+                    while len(self._taken) < MAX_BATCH:
+                        self._take(timeout=0.0)
+                self._serve(self._taken)
                 if time.monotonic() >= self._due:
                     self._chore()
+            finally:
+                self._at_work.release()
             self._wanted = False
-            self._stopping = self._stopping or None in jobs
         self._ledger.close()
+
+    def _take(self, timeout: float) -> None:
+        """Take a job from the queue. Raises queue.Empty."""
+        if job := self._jobs.get(block=timeout > 0, timeout=timeout):
+            self._taken.append(job)
+        else:
+            self._stopping = True
 
     def _serve(self, jobs: Sequence[Job]) -> None:
         """Charge a batch. The lock is held. An account whose rows somebody else has locked is
@@ -2129,8 +2151,8 @@ class PolicyHandler(socketserver.BaseRequestHandler):
 
     def setup(self) -> None:
         self.number = next(self.numbers)
-        self._started = time.monotonic()
-        self.idle_since: float | None = self._started  # None while a request is under way
+        self._started = self._answered = time.monotonic()
+        self.waiting = True  # for the client to begin a request
         self._deadline: float | None = self._started + self.server.patience
         self._message = Message()
         self._job: Job | None = None  # the last request, while it may be unanswered
@@ -2157,7 +2179,7 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         try:
             while request := stream.read_request():
                 self._settle()
-                self.idle_since = self._deadline = None
+                self._deadline = None
                 deliver = functools.partial(self._deliver, request)
                 self._job = self.server.policy.check(request, self._message, deliver)
                 if stream.more:  # a client in a hurry gives the others their turn
@@ -2171,12 +2193,13 @@ class PolicyHandler(socketserver.BaseRequestHandler):
 
     def _settle(self) -> None:
         """Wait until the last request is answered, and the reply taken. Raises OSError."""
-        if self._job:
-            self._job.wait()
-            self._job = None
-        reply, self._unsent = self._unsent, b""
-        if reply:
-            self.request.sendall(reply)
+        try:
+            if self._job:
+                self._job.wait()
+            if self._unsent:
+                self.request.sendall(self._unsent)
+        finally:
+            self._job, self._unsent = None, b""
 
     def _receive(self, begun: bool) -> bytes:
         """The next bytes. Between requests it waits for ever: Postfix keeps its connections. The
@@ -2184,21 +2207,23 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         if begun and self._deadline is None:
             self._settle()
             self._deadline = time.monotonic() + self.server.patience
-            self.idle_since = None
-        while True:
-            if self._deadline is not None:
-                limit = self._deadline - time.monotonic()
-                if limit <= 0:
-                    raise TimeoutError
-            else:
-                limit = WATCH if self._job or self._unsent else 0
-            if limit != self._limit:
-                self._limit = limit
-                self._bound(socket.SO_RCVTIMEO, limit)
-            with contextlib.suppress(BlockingIOError):
-                return self.request.recv(RECEIVE)
-            if self._deadline is None:
+        self.waiting = not begun
+        try:
+            while True:
+                if self._deadline is not None:
+                    limit = self._deadline - time.monotonic()
+                    if limit <= 0:
+                        raise TimeoutError
+                else:
+                    limit = WATCH if self._job or self._unsent else 0
+                if limit != self._limit:
+                    self._limit = limit
+                    self._bound(socket.SO_RCVTIMEO, limit)
+                with contextlib.suppress(BlockingIOError):
+                    return self.request.recv(RECEIVE)
                 self._settle()
+        finally:
+            self.waiting = False
 
     def _bound(self, option: int, seconds: float) -> None:
         """Let the kernel bound how long a call waits, 0 for ever: settimeout() would cost a poll()
@@ -2212,7 +2237,13 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         self._unsent = reply[send_at_once(self.request, reply) :]
         self._log(request, answer)
         self.served = True
-        self.idle_since = time.monotonic()
+        self._answered = time.monotonic()
+
+    @property
+    def idle_since(self) -> float | None:
+        """Monotonic seconds; None while a request or a reply is under way."""
+        answered = self._job is None or self._job.answered
+        return self._answered if self.waiting and answered and not self._unsent else None
 
     def _log(self, request: Request, answer: Answer) -> None:
         if log.isEnabledFor(logging.DEBUG):
@@ -2329,7 +2360,7 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         if idle:
             *_, number, handler = min(idle)
             log.warning("[%d] closed to make room for another, see _maxconnections", number)
-            handler.idle_since = None
+            handler.waiting = False
             hang_up(handler.request, socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:

@@ -396,6 +396,16 @@ def test_a_reply_that_is_not_taken_has_a_deadline(
         assert policy.ask() == "OK"
 
 
+def taken(policy: Policy) -> bool:
+    """Whether there is room on the way for one more reply that is not read."""
+    before = policy.unread()
+    policy.send(WHOLE)
+    try:
+        return wait_for(lambda: policy.unread() > before, 0.5, "a reply")
+    except AssertionError:
+        return False
+
+
 def test_a_reply_that_finds_no_room_comes_when_there_is(
     daemon: Start, new_directory: Callable[[], Path]
 ) -> None:
@@ -403,22 +413,13 @@ def test_a_reply_that_finds_no_room_comes_when_there_is(
     path = str(new_directory() / "policy")
     running = daemon({"_bind": f"unix:{path}", "_loglevel": "INFO"})
 
-    def ask(policy: Policy) -> bool:
-        """Whether the reply comes in though none is read."""
-        before = policy.unread()
-        policy.send(WHOLE)
-        try:
-            return wait_for(lambda: policy.unread() > before, 0.5, "a reply")
-        except AssertionError:
-            return False
-
     with connected(path) as policy, connected(path) as second, connected(path) as other:
         room = 0
-        while ask(policy):
+        while taken(policy):
             room += 1
         assert [policy.reply() for _ in range(room + 1)] == ["DUNNO"] * (room + 1)
         assert policy.ask() == "OK"
-        assert all(ask(second) for _ in range(room))
+        assert all(taken(second) for _ in range(room))
         with locked(running):
             other.send(Policy.block())
             second.send(Policy.block())
@@ -460,11 +461,27 @@ def test_a_request_under_way_does_not_make_room(daemon: Start) -> None:
         assert busy.reply() == "OK"
 
 
+def test_a_reply_under_way_does_not_make_room(
+    daemon: Start, new_directory: Callable[[], Path]
+) -> None:
+    path = str(new_directory() / "policy")
+    daemon({"_bind": f"unix:{path}", "_maxconnections": 2, "_loglevel": "INFO"})
+    with connected(path) as full, connected(path) as idle:
+        room = 0
+        while taken(full):
+            room += 1
+        assert idle.ask() == "OK"
+        with connected(path) as other:
+            assert other.ask() == "OK"
+        assert idle.at_end()
+        assert [full.reply() for _ in range(room + 1)] == ["DUNNO"] * (room + 1)
+
+
 def test_a_request_that_comes_while_room_is_made() -> None:
     """Its thread says so at any moment, also between two looks of the listener."""
 
     class Handler:
-        served = False
+        served, waiting = False, True
 
         def __init__(self, number: int, *looks: float) -> None:
             self.number, self.request, self.looks = number, socket.socket(), list(looks)
@@ -472,10 +489,6 @@ def test_a_request_that_comes_while_room_is_made() -> None:
         @property
         def idle_since(self) -> float | None:
             return self.looks.pop(0) if self.looks else None
-
-        @idle_since.setter
-        def idle_since(self, value: None) -> None:
-            assert value is None
 
     server: Any = PolicyServer.__new__(PolicyServer)
     server.handlers = {Handler(1, 10.0), Handler(2, 20.0, 20.0)}
