@@ -2157,7 +2157,7 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         self._message = Message()
         self._job: Job | None = None  # the last request, while it may be unanswered
         self._unsent = b""  # of its reply: what the client did not take at once
-        self._limit = 0.0
+        self._limit = 0.0  # seconds that a recv() may wait, 0 for ever
         self.served = False  # whether it has ever asked; Postfix connects to ask at once
         self.server.handlers.add(self)
         self.request.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -2214,7 +2214,7 @@ class PolicyHandler(socketserver.BaseRequestHandler):
                     limit = self._deadline - time.monotonic()
                     if limit <= 0:
                         raise TimeoutError
-                else:
+                else:  # the watchdog of its own last request
                     limit = WATCH if self._job or self._unsent else 0
                 if limit != self._limit:
                     self._limit = limit
