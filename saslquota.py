@@ -299,8 +299,12 @@ class JSONObject(dict[str, Any]):
         self.repeated = [name for name, times in names.items() if times > 1]
 
 
-def load_json(path: Path) -> tuple[dict[str, Any], str]:
-    """The object that a JSON file holds, and its text.
+Where = Callable[..., str]  # says for messages where a key stands: see place()
+
+
+def load_json(path: Path) -> tuple[dict[str, Any], Where]:
+    """The object that a JSON file holds, and where its keys stand. Left out is "$schema", by which
+    editors find what the file may hold.
 
     Raises ConfigError for a file that cannot be read, is not UTF-8 or not JSON, holds something
     other than an object, or a key twice.
@@ -314,17 +318,20 @@ def load_json(path: Path) -> tuple[dict[str, Any], str]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
     except json.JSONDecodeError as error:
-        where = f"{path}, line {error.lineno}, column {error.colno}"
-        raise ConfigError(f"{where}: not JSON: {error.msg}") from None
+        position = f"{path}, line {error.lineno}, column {error.colno}"
+        raise ConfigError(f"{position}: not JSON: {error.msg}") from None
     except RecursionError:
         raise ConfigError(f"{path}: nested too deep") from None
     if not isinstance(found, JSONObject):
         raise ConfigError(f'{path}: must hold one object, {{ "name": value, ... }}')
+    where = functools.partial(place, path, content)
     for keys, value in everywhere:
         if value.repeated:
-            where = place(path, content, *keys, value.repeated[0])
-            raise ConfigError(f"{where}: the key stands here more than once, remove all but one")
-    return found, content
+            here = where(*keys, value.repeated[0])
+            raise ConfigError(f"{here}: the key stands here more than once, remove all but one")
+    if not isinstance(found.pop("$schema", ""), str):
+        raise ConfigError(f"{where('$schema')}: must be a text in quotes")
+    return found, where
 
 
 def objects(value: Any, *keys: str | int) -> Iterator[tuple[tuple[str | int, ...], JSONObject]]:
@@ -367,20 +374,13 @@ def unknown(name: str, known: Iterable[str]) -> str:
     return f"unknown; did you mean {json.dumps(near[0])}?" if near else "unknown"
 
 
-def drop_schema(path: Path, content: str, found: dict[str, Any]) -> None:
-    """Take away "$schema", by which editors find what a file may hold. Raises ConfigError."""
-    if not isinstance(found.pop("$schema", ""), str):
-        raise ConfigError(f"{place(path, content, '$schema')}: must be a text in quotes")
-
-
 def load_config(path: Path, environ: Mapping[str, str]) -> Config:
     """Read saslquota.json; variables of the environment win. Raises ConfigError."""
-    found, content = load_json(path)
+    found, where = load_json(path)
     fields = {f"_{f.name}": f for f in dataclasses.fields(Config) if "read" in f.metadata}
-    drop_schema(path, content, found)
     for name in found:
         if name not in fields:
-            raise ConfigError(f"{place(path, content, name)}: {unknown(name, fields)}")
+            raise ConfigError(f"{where(name)}: {unknown(name, fields)}")
     values: dict[str, Any] = {}
     for name, field in fields.items():
         if name not in found and name not in environ:
@@ -388,8 +388,8 @@ def load_config(path: Path, environ: Mapping[str, str]) -> Config:
         try:
             values[field.name] = field.metadata["read"](environ.get(name, found.get(name)))
         except ValueError as error:
-            where = f"environment: {name}" if name in environ else place(path, content, name)
-            raise ConfigError(f"{where}: must be {error}") from None
+            here = f"environment: {name}" if name in environ else where(name)
+            raise ConfigError(f"{here}: must be {error}") from None
     return Config(path=path, **values)
 
 
@@ -608,7 +608,6 @@ RULE_FIELDS: dict[str, Callable[[Any], Any]] = {
     "enforce": read_flag,
 }
 BUILT_IN = Window(0, 0, msg="sending quota exceeded, try again later")
-Where = Callable[..., str]  # the place of keys in the file
 
 
 def load_rules(path: Path, retention: int) -> Rules:
@@ -616,9 +615,7 @@ def load_rules(path: Path, retention: int) -> Rules:
 
     Raises ConfigError that names the file, the line, the rule, the field and what would be right.
     """
-    found, content = load_json(path)
-    drop_schema(path, content, found)
-    where: Where = functools.partial(place, path, content)
+    found, where = load_json(path)
     keys = read_keys(found, where)
     if "default" not in keys:
         raise ConfigError(f'{path}: the rule "default" is missing')
