@@ -362,16 +362,19 @@ def place(path: Path, content: str, *keys: str | int) -> str:
         found = re.compile(rf"(?:{spelled})\s*:").search(content, at)
         at = found.start() if found else at
     line = content.count("\n", 0, at) + 1
-    names = [
-        f"window {k + 1}" if isinstance(k, int) else json.dumps(k, ensure_ascii=False) for k in keys
-    ]
+    names = [f"window {key + 1}" if isinstance(key, int) else quoted(key) for key in keys]
     return f"{path}, line {line}: " + ": ".join(names)
+
+
+def quoted(name: str) -> str:
+    """A name for messages, as it may stand in the file."""
+    return json.dumps(name, ensure_ascii=False)
 
 
 def unknown(name: str, known: Iterable[str]) -> str:
     """The complaint about a name that is not among the known ones, with the nearest of them."""
     near = difflib.get_close_matches(name, list(known), n=1)
-    return f"unknown; did you mean {json.dumps(near[0])}?" if near else "unknown"
+    return f"unknown; did you mean {quoted(near[0])}?" if near else "unknown"
 
 
 def load_config(path: Path, environ: Mapping[str, str]) -> Config:
@@ -628,8 +631,7 @@ def load_rules(path: Path, retention: int) -> Rules:
     selected = Rules(rules)
     for patterns in (selected.addresses, selected.domains):
         for name, other in shadowed(patterns):
-            first = json.dumps(other, ensure_ascii=False)
-            complaint = f"never selected, {first} comes first and matches as much"
+            complaint = f"never selected, {quoted(other)} comes first and matches as much"
             raise ConfigError(f"{where(keys[name])}: {complaint}")
     return selected
 
@@ -641,8 +643,7 @@ def read_keys(found: Iterable[str], where: Where) -> dict[str, str]:
     for key in found:
         name = key.strip().lower()
         if name in keys:
-            other = json.dumps(keys[name], ensure_ascii=False)
-            same = f"the same key as {other} but for case and spaces, remove one"
+            same = f"the same key as {quoted(keys[name])} but for case and spaces, remove one"
             raise ConfigError(f"{where(key)}: {same}")
         if trouble := key_trouble(name):
             raise ConfigError(f"{where(key)}: {trouble}")
