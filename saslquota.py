@@ -622,18 +622,18 @@ def load_rules(path: Path, retention: int) -> Rules:
     keys = read_keys(found, where)
     if "default" not in keys:
         raise ConfigError(f'{path}: the rule "default" is missing')
-    default = keys["default"]
-    base = read_rule("default", default, found[default], None, retention, where)
-    rules = {
-        name: read_rule(name, key, found[key], base, retention, where) if key != default else base
-        for name, key in keys.items()
-    }
-    selected = Rules(rules)
-    for patterns in (selected.addresses, selected.domains):
+
+    def read(name: str, base: Rule | None) -> Rule:
+        key = keys[name]
+        return read_rule(name, found[key], base, retention, functools.partial(where, key))
+
+    default = read("default", None)
+    rules = Rules({name: default if name == "default" else read(name, default) for name in keys})
+    for patterns in (rules.addresses, rules.domains):
         for name, other in shadowed(patterns):
             complaint = f"never selected, {quoted(other)} comes first and matches as much"
             raise ConfigError(f"{where(keys[name])}: {complaint}")
-    return selected
+    return rules
 
 
 def read_keys(found: Iterable[str], where: Where) -> dict[str, str]:
@@ -697,28 +697,22 @@ def shadowed(patterns: Patterns) -> Iterator[tuple[str, str]]:
                 yield rule.key, other.key
 
 
-def read_rule(
-    name: str, key: str, value: Any, base: Rule | None, retention: int, where: Where
-) -> Rule:
-    """One rule out of what JSON held for its key; `base` gives the fields that it leaves out.
-
-    Raises ConfigError.
-    """
+def read_rule(name: str, value: Any, base: Rule | None, retention: int, where: Where) -> Rule:
+    """One rule out of what JSON held for its key; `base` gives the fields that it leaves out, and
+    `where` the places of what is in it. Raises ConfigError."""
     if not isinstance(value, list):
-        return Rule(
-            name, (read_window(name, value, base, retention, functools.partial(where, key)),)
-        )
+        return Rule(name, (read_window(name, value, base, retention, where),))
     if not 1 <= len(value) <= MAX_WINDOWS:
-        raise ConfigError(f"{where(key)}: must have from 1 to {MAX_WINDOWS} windows")
-    windows = [
-        read_window(name, fields, base, retention, functools.partial(where, key, number))
+        raise ConfigError(f"{where()}: must have from 1 to {MAX_WINDOWS} windows")
+    windows = tuple(
+        read_window(name, fields, base, retention, functools.partial(where, number))
         for number, fields in enumerate(value)
-    ]
+    )
     for number, window in enumerate(windows):
         if window.count != windows[0].count:
-            here = where(key, number, "count")
+            here = where(number, "count")
             raise ConfigError(f"{here}: must be the same in all windows of a rule")
-    return Rule(name, tuple(windows))
+    return Rule(name, windows)
 
 
 def read_window(name: str, fields: Any, base: Rule | None, retention: int, where: Where) -> Window:
