@@ -421,12 +421,12 @@ class Window:
 
     def words(self) -> str:
         """What the window means, for --check."""
-        time = f"{self.period} seconds"
+        length = f"{self.period} seconds"
         if self.period >= 120:
-            time += f" ({format_time(self.period)})"
+            length += f" ({format_time(self.period)})"
         if self.msgquota == math.inf:
-            return f"any number of {self.count}, counted over {time}"
-        words = f"{self.limit} {self.count} in any {time}; beyond that"
+            return f"any number of {self.count}, counted over {length}"
+        words = f"{self.limit} {self.count} in any {length}; beyond that"
         if not self.enforce:
             return f"{words} accepted (not enforced), logged as {self.action}: {self.msg}"
         return f"{words}{', for now (DEFER)' if self.action == 'DEFER' else ''}: {self.msg}"
@@ -449,17 +449,17 @@ class Rule(NamedTuple):
 
     def senders(self) -> str:
         """Whom the rule is about, for --check."""
-        if self.pool:
-            if self.key == "*":
-                return "a pool, all senders together"
-            together = f"a pool, all senders of {self.key[1:]} together"
-            return f"{together} (not each by itself, as @ means elsewhere in Postfix)"
         if self.key == "default":
             return "each sender without another rule"
-        wild = " that matches" if WILDCARD.search(self.key) else ""
-        if "@" in self.key:
-            return f"each sender{wild}" if wild else "this sender"
-        return f"each sender of a domain{wild}" if wild else f"each sender of {self.key}"
+        if self.key == "*":
+            return "a pool, all senders together"
+        if self.pool:
+            together = f"a pool, all senders of {self.key[1:]} together"
+            return f"{together} (not each by itself, as @ means elsewhere in Postfix)"
+        address = "@" in self.key
+        if WILDCARD.search(self.key):
+            return f"each sender{'' if address else ' of a domain'} that matches"
+        return "this sender" if address else f"each sender of {self.key}"
 
 
 STRANGE = "\ue000"  # a character that no key holds
@@ -658,13 +658,12 @@ def key_trouble(key: str) -> str:
         return "no login is like that; must be an address, a domain, a pattern or a pool"
     if "**" in key:
         return "one * is enough for any text"
-    if key.startswith("@") and (
-        local or not domain or WILDCARD.search(domain) or len(POOL + key) > MAX_ACCOUNT
-    ):
-        each = (
-            f'; for each sender there by itself write "{domain}"' if WILDCARD.search(domain) else ""
-        )
-        return f'a pool is "@" and one domain, or "*" for all senders{each}'
+    if key.startswith("@"):
+        pool = 'a pool is "@" and one domain, or "*" for all senders'
+        if WILDCARD.search(domain):
+            return f'{pool}; for each sender there by itself write "{domain}"'
+        if local or not domain or len(POOL + key) > MAX_ACCOUNT:
+            return pool
     if "@" in key and re.search(r"\s", local[-1:] + domain):
         return "no login has a space beside its @ or in its domain: remove it"
     if ".." in domain or domain.startswith(".") or domain.endswith("."):
