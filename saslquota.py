@@ -462,10 +462,9 @@ class Rule(NamedTuple):
         return "this sender" if address else f"each sender of {self.key}"
 
 
-STRANGE = "\ue000"  # a character that no key holds
 WILDCARD = re.compile(r"[*?[]")  # of fnmatch
 WILDCARDS = re.compile(r"\*|\?|\[!?.[^]]*\]?")  # each with all that belongs to it
-Ranked = tuple[int, int, Rule]  # the longest pattern sorts first; of two as long, the first
+STRANGE = "\ue000"  # a character that no key holds
 
 
 class Patterns:
@@ -473,27 +472,52 @@ class Patterns:
     closer look, however many there are."""
 
     def __init__(self, rules: Iterable[Rule]) -> None:
-        self.ranked = [(-len(rule.key), number, rule) for number, rule in enumerate(rules)]
-        texts = [set(WILDCARDS.split(rule.key)) - {""} or {""} for *_, rule in self.ranked]
+        self._rules = list(rules)
+        # The longest pattern is selected first; of two as long, the first.
+        self._ranks = {rule.key: (-len(rule.key), n) for n, rule in enumerate(self._rules)}
+        texts = [set(WILDCARDS.split(rule.key)) - {""} or {""} for rule in self._rules]
         common = collections.Counter(itertools.chain.from_iterable(texts))
-        self._filed: dict[str, list[Ranked]] = {}
-        for some, ranked in zip(texts, self.ranked, strict=True):
+        self._filed: dict[str, list[Rule]] = {}
+        for some, rule in zip(texts, self._rules, strict=True):
             rarest = min(some, key=lambda text: (common[text], -len(text)))
-            self._filed.setdefault(rarest, []).append(ranked)
+            self._filed.setdefault(rarest, []).append(rule)
         self._lengths = {len(text) for text in self._filed}
 
-    def matching(self, name: str) -> list[Ranked]:
+    def matching(self, name: str) -> list[Rule]:
         """The rules that match a login or a domain in lower case."""
         texts = {
             name[start : start + length]
             for length in self._lengths
             for start in range(len(name) - length + 1)
         }
-        near = [ranked for text in texts for ranked in self._filed.get(text, ())]
-        return [ranked for ranked in near if fnmatch.fnmatchcase(name, ranked[2].key)]
+        near = [rule for text in texts for rule in self._filed.get(text, ())]
+        return [rule for rule in near if fnmatch.fnmatchcase(name, rule.key)]
 
     def select(self, name: str) -> Rule | None:
-        return min(self.matching(name), default=(0, 0, None))[2]
+        return min(self.matching(name), key=lambda rule: self._ranks[rule.key], default=None)
+
+    def shadowed(self) -> Iterator[tuple[str, str]]:
+        """The keys that can never be selected, each with one that comes before it and matches all
+        that it matches: it matches also with no text at all, or a lot of strange text, for each *.
+
+        Only a key with two wildcards can be longer and still match as much. (Sets as in [ab] are
+        left out: it would take more to say what they match. So are thousands of such keys: too much
+        time.)
+        """
+        plain = [rule for rule in self._rules if "[" not in rule.key]
+        broad = [rule for rule in plain if len(WILDCARD.findall(rule.key)) > 1]
+        if not 0 < len(broad) <= 1000:
+            return
+        others = Patterns(broad)
+        much = STRANGE * (2 + max(rule.key.count("?") for rule in broad))
+        for rule in plain:
+            shortest, *longer = [
+                rule.key.replace("*", text).replace("?", STRANGE) for text in ("", STRANGE, much)
+            ]
+            for other in others.matching(shortest):
+                first = self._ranks[other.key] < self._ranks[rule.key]
+                if first and all(fnmatch.fnmatchcase(name, other.key) for name in longer):
+                    yield rule.key, other.key
 
 
 class Rules:
@@ -630,7 +654,7 @@ def load_rules(path: Path, retention: int) -> Rules:
     default = read("default", None)
     rules = Rules({name: default if name == "default" else read(name, default) for name in keys})
     for patterns in (rules.addresses, rules.domains):
-        for name, other in shadowed(patterns):
+        for name, other in patterns.shadowed():
             complaint = f"never selected, {quoted(other)} comes first and matches as much"
             raise ConfigError(f"{where(keys[name])}: {complaint}")
     return rules
@@ -670,30 +694,6 @@ def key_trouble(key: str) -> str:
         subdomains = f'; for subdomains write "*{domain}"' if domain.startswith(".") else ""
         return f"no domain has a dot at its beginning or end, nor two in a row{subdomains}"
     return ""
-
-
-def shadowed(patterns: Patterns) -> Iterator[tuple[str, str]]:
-    """The keys that can never be selected, each with one that comes before it and matches all that
-    it matches: it matches also with no text at all, or a lot of strange text, for each *.
-
-    Only a key with two wildcards can be longer and still match as much. (Sets as in [ab] are left
-    out: it would take more to say what they match. So are thousands of such keys: too much time.)
-    """
-    plain = [ranked for ranked in patterns.ranked if "[" not in ranked[2].key]
-    broad = [rule for *_, rule in plain if len(WILDCARD.findall(rule.key)) > 1]
-    if not 0 < len(broad) <= 1000:
-        return
-    others = Patterns(broad)
-    ranks = {rule.key: (length, number) for length, number, rule in plain}
-    much = STRANGE * (2 + max(rule.key.count("?") for rule in broad))
-    for length, number, rule in plain:
-        shortest, *longer = [
-            rule.key.replace("*", text).replace("?", STRANGE) for text in ("", STRANGE, much)
-        ]
-        for *_, other in others.matching(shortest):
-            first = ranks[other.key] < (length, number)
-            if first and all(fnmatch.fnmatchcase(name, other.key) for name in longer):
-                yield rule.key, other.key
 
 
 def read_rule(name: str, value: Any, base: Rule | None, retention: int, where: Where) -> Rule:
