@@ -553,8 +553,6 @@ class Rules:
 
     def pools(self, login: str) -> tuple[Rule, ...]:
         """The pools that a login in lower case belongs to: its domain's, then the whole service."""
-        if not self._pools:
-            return ()
         _, at, domain = login.rpartition("@")
         keys = ("@" + domain, "*") if at else ("*",)
         return tuple(self._pools[key] for key in keys if key in self._pools)
