@@ -561,8 +561,8 @@ class Rules:
         return iter(self._rules.values())
 
 
-# Read once for each refusal; the times are written as in postconf(5), "time units".
-PLACEHOLDERS = ("sasl_username", "rule", "used", "msgquota", "period", "retry_after")
+PLACEHOLDERS = ("{sasl_username}", "{rule}", "{used}", "{msgquota}", "{period}", "{retry_after}")
+BRACES = re.compile("|".join(map(re.escape, ("{{", "}}", *PLACEHOLDERS))))  # as a msg may have them
 UNITS = {"w": 604_800, "d": 86_400, "h": 3600, "m": 60, "s": 1}  # seconds
 LONGEST = 3650 * 86_400  # seconds
 MAX_WINDOWS = 10  # in one rule
@@ -609,10 +609,8 @@ def read_msg(value: Any) -> str:
     msg = text(value).strip()
     if CONTROL.search(msg):
         raise ValueError("one line without control characters")
-    known = "|".join(PLACEHOLDERS)
-    left = re.sub(rf"\{{\{{|\}}\}}|\{{(?:{known})\}}", "", msg)
-    if wrong := re.search(r"\{[^{}]*\}?|\}", left):
-        names = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS)
+    if wrong := re.search(r"\{[^{}]*\}?|\}", BRACES.sub("", msg)):
+        names = ", ".join(PLACEHOLDERS)
         rest = "write {{ or }} for a brace itself"
         raise ValueError(f"a text with no placeholders but {names}, not {wrong[0]} ({rest})")
     return msg
