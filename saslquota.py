@@ -74,7 +74,6 @@ import ipaddress
 import itertools
 import json
 import logging
-import logging.handlers
 import math
 import os
 import queue
@@ -92,6 +91,7 @@ import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from logging.handlers import SysLogHandler
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -238,16 +238,14 @@ def split_host(name: str, port: int) -> tuple[str, int] | None:
     return found[1] or found[2] or found[3], int(found[4] or port)
 
 
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
 def networks(value: Any) -> tuple[Network, ...]:
     try:
         return tuple(ipaddress.ip_network(item) for item in items(value))
     except ValueError as error:
         raise ValueError(f"networks such as 127.0.0.0/8 or ::1 ({error})") from None
-
-
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-FACILITIES = sorted(logging.handlers.SysLogHandler.facility_names)
-LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
 def setting(default: Any, read: Callable[[Any], Any]) -> Any:
@@ -271,8 +269,8 @@ class Config:
     mypasswd: str = setting("", text)
     mydb: str = setting("saslquota", text)
     mysslca: str = setting("", text)  # a CA's file: TLS, and the server's certificate is verified
-    logfacility: str = setting("mail", one_of(*FACILITIES))
-    loglevel: str = setting("INFO", one_of(*LEVELS))
+    logfacility: str = setting("mail", one_of(*sorted(SysLogHandler.facility_names)))
+    loglevel: str = setting("INFO", one_of("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"))
     loghandler: str = setting("syslog", one_of("syslog", "stdout"))
     logaddress: str = setting("", text)  # a socket's path, or a host for UDP; "" is /dev/log
     logport: int = setting(514, whole(1, 65535))  # UDP
@@ -373,7 +371,7 @@ def quoted(name: str) -> str:
 
 def unknown(name: str, known: Iterable[str]) -> str:
     """The complaint about a name that is not among the known ones, with the nearest of them."""
-    near = difflib.get_close_matches(name, list(known), n=1)
+    near = difflib.get_close_matches(name, known, n=1)
     return f"unknown; did you mean {quoted(near[0])}?" if near else "unknown"
 
 
@@ -2427,7 +2425,7 @@ class OneLine(logging.Formatter):
         return printable(super().format(record)[:MAX_LINE])
 
 
-class Syslog(logging.handlers.SysLogHandler):
+class Syslog(SysLogHandler):
     """The standard library's, but a socket that takes a line at once is not waited for."""
 
     append_nul = False
