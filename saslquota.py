@@ -1402,10 +1402,9 @@ class Store:
     def append(self, rows: Sequence[Row]) -> None:
         """Write all the rows or none; they are durable when this returns."""
         if rows:
-            row = f"(?, ?, ?, {self.TIME}, ?, ?, ?, ?)"
+            marks = ", ".join([f"(?, ?, ?, {self.TIME}, ?, ?, ?, ?)"] * len(rows))
             values = [value for row in rows for value in row]
-            insert = f"INSERT INTO sends ({COLUMNS}) VALUES " + ", ".join([row] * len(rows))
-            self._run(insert, values)
+            self._run(f"INSERT INTO sends ({COLUMNS}) VALUES {marks}", values)
         if self._locked:
             self._run("COMMIT")
             self._locked = False
@@ -1492,14 +1491,14 @@ class SQLiteStore(Store):
     def now(self) -> int:
         if not self._connection:
             raise Unavailable("not connected")
-        reason = "replaced by another file"
         try:
             same = self._path.stat().st_ino == self._inode
+            trouble = "" if same else "replaced by another file"
         except OSError as error:
-            same, reason = False, str(error.strerror)
-        if not same:
-            log.error("%s: %s: what was counted in it is lost", self._path, reason)
-            raise Unavailable(f"{self._path}: {reason}")
+            trouble = str(error.strerror)
+        if trouble:
+            log.error("%s: %s: what was counted in it is lost", self._path, trouble)
+            raise Unavailable(f"{self._path}: {trouble}")
         return time.time_ns() // 1000
 
     def _run(self, sql: str, values: Sequence[int | str] = ()) -> list[Any]:
@@ -1510,8 +1509,8 @@ class SQLiteStore(Store):
         except sqlite3.IntegrityError as error:
             raise Conflict(str(error)) from None
         except sqlite3.Error as error:
-            busy = getattr(error, "sqlite_errorcode", 0) & 0xFF
-            if busy in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
                 raise Conflict(str(error)) from None
             raise Unavailable(str(error)) from None
 
@@ -1603,8 +1602,8 @@ class MySQLStore(Store):
     def _connect(self, connector: Any, name: str) -> None:
         config = self._config
         where: dict[str, Any] = {"unix_socket": name.removeprefix("unix:")}
-        if not name.startswith("unix:"):
-            where = dict(zip(("host", "port"), split_host(name, config.myport) or (), strict=True))
+        if found := split_host(name, config.myport):
+            where = {"host": found[0], "port": found[1]}
         tls: dict[str, Any] = {}
         if config.mysslca:
             ca = str(config.beside(config.mysslca))
