@@ -25,8 +25,7 @@ PROTOCOL
     next request. An empty request ends the session. MAIL and RCPT cost 1, DATA and END-OF-MESSAGE
     max(1, recipient_count); the other states cost nothing. Where a rule says "count": "messages", a
     message costs 1 however often it is asked about: the connection remembers the last one by its
-    sender and instance. Malformed input gets no reply: it is
-    logged and the connection closed.
+    sender and instance. Malformed input gets no reply: it is logged and the connection closed.
 
 CONFIGURATION
     saslquota.json holds the settings (class Config lists them), quotarules.json the rules. An
@@ -756,7 +755,7 @@ class RulesFile:
         if stamp == self._stamp and not force:
             return
         self._stamp = stamp
-        pause = sys.getswitchinterval()
+        interval = sys.getswitchinterval()
         sys.setswitchinterval(0.001)  # 100,000 rules take seconds: the connections go first
         try:
             self.rules = load_rules(self.path, self._retention)
@@ -770,7 +769,7 @@ class RulesFile:
             self._complaint = ""
             log.info("rules read again: %s", describe_rules(self.rules))
         finally:
-            sys.setswitchinterval(pause)
+            sys.setswitchinterval(interval)
 
 
 def describe_rules(rules: Rules) -> str:
@@ -2508,11 +2507,11 @@ def start_logging(config: Config) -> LogWriter:
 def log_handler(config: Config) -> tuple[logging.Handler, str]:
     """The handler, and where it writes to if that is not stdout."""
     address = config.logaddress or "/dev/log"
-    local = address.startswith("/")
-    without = local and not config.logaddress and not os.path.exists(address)
+    without = not config.logaddress and not os.path.exists(address)
     if config.loghandler == "stdout" or without:
         return logging.StreamHandler(sys.stdout), ""
     try:
+        local = address.startswith("/")
         handler = Syslog(address if local else (address, config.logport), config.logfacility)
     except OSError as error:
         raise ConfigError(f"{config.path}: _logaddress: {address}: {error.strerror}") from None
