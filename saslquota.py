@@ -520,13 +520,13 @@ class Patterns:
 class Rules:
     """The rules of one quotarules.json."""
 
-    def __init__(self, rules: dict[str, Rule]) -> None:
-        """`rules` by their keys, which are in lower case; "default" must be among them."""
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        """Their keys are in lower case; "default" must be among them."""
         self._rules = rules
-        self._default = rules["default"]
-        self._pools = {rule.key: rule for rule in rules.values() if rule.pool}
-        single = [rule for rule in rules.values() if not rule.pool]
+        self._pools = {rule.key: rule for rule in rules if rule.pool}
+        single = [rule for rule in rules if not rule.pool]
         self._exact = {rule.key: rule for rule in single if not WILDCARD.search(rule.key)}
+        self._default = self._exact["default"]
         wild = [rule for rule in single if rule.key not in self._exact]
         self.addresses = Patterns(rule for rule in wild if "@" in rule.key)
         self.domains = Patterns(rule for rule in wild if "@" not in rule.key)
@@ -555,7 +555,13 @@ class Rules:
         return tuple(self._pools[key] for key in keys if key in self._pools)
 
     def __iter__(self) -> Iterator[Rule]:
-        return iter(self._rules.values())
+        return iter(self._rules)
+
+    def __str__(self) -> str:
+        """The first rules in a few words each."""
+        named = [f"{rule.key} {', '.join(map(str, rule.windows))}" for rule in self]
+        more = f" and {len(named) - 5} more" if len(named) > 5 else ""
+        return "; ".join(named[:5]) + more
 
 
 PLACEHOLDERS = ("{sasl_username}", "{rule}", "{used}", "{msgquota}", "{period}", "{retry_after}")
@@ -645,7 +651,7 @@ def load_rules(path: Path, retention: int) -> Rules:
         return read_rule(name, found[key], base, retention, functools.partial(where, key))
 
     default = read("default", None)
-    rules = Rules({name: default if name == "default" else read(name, default) for name in keys})
+    rules = Rules([default if name == "default" else read(name, default) for name in keys])
     for patterns in (rules.addresses, rules.domains):
         for name, other in patterns.shadowed():
             complaint = f"never selected, {quoted(other)} comes first and matches as much"
@@ -767,16 +773,9 @@ class RulesFile:
             self._complaint = str(error)
         else:
             self._complaint = ""
-            log.info("rules read again: %s", describe_rules(self.rules))
+            log.info("rules read again: %s", self.rules)
         finally:
             sys.setswitchinterval(interval)
-
-
-def describe_rules(rules: Rules) -> str:
-    """The first rules in a few words each."""
-    named = [f"{rule.key} {', '.join(map(str, rule.windows))}" for rule in rules]
-    more = f" and {len(named) - 5} more" if len(named) > 5 else ""
-    return "; ".join(named[:5]) + more
 
 
 # --- Protocol -------------------------------------------------------------------------------------
@@ -2576,7 +2575,7 @@ def serve(config: Config) -> int:
     for line in (
         f"saslquota {__version__} listening on {server}, {server.capacity} connections at most",
         f"counting in {store}",
-        f"rules in {rules.path}: {describe_rules(rules.rules)}",
+        f"rules in {rules.path}: {rules.rules}",
     ):
         print(line, flush=True)
         if not writer.on_stdout:
