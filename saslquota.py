@@ -166,21 +166,6 @@ class Unavailable(StoreError):
     """The store cannot be used; whether the last statement was carried out is not known."""
 
 
-class Seldom:
-    """Lets something be said once in so many seconds."""
-
-    def __init__(self, interval: float) -> None:
-        self._interval = interval
-        self._last = float("-inf")
-
-    def due(self) -> bool:
-        now = time.monotonic()
-        if now - self._last < self._interval:
-            return False
-        self._last = now
-        return True
-
-
 # --- Config ---------------------------------------------------------------------------------------
 
 
@@ -925,7 +910,7 @@ class Clock:
     def __init__(self, monotonic: Callable[[], float]) -> None:
         self.monotonic = monotonic
         self._offset = 0
-        self._set = float("-inf")
+        self._set = -math.inf
         self._last = 0
 
     def set(self, now: int) -> None:
@@ -934,7 +919,7 @@ class Clock:
 
     def distrust(self) -> None:
         """The next reading comes from another connection."""
-        self._set = float("-inf")
+        self._set = -math.inf
 
     def trusted(self) -> bool:
         return self.monotonic() - self._set <= CLOCK_TRUST
@@ -1088,7 +1073,7 @@ class Ledger:
         self._accounts: collections.OrderedDict[str, Account] = collections.OrderedDict()
         self._purged: Mark = NOWHERE
 
-    def open(self, deadline: float = float("inf")) -> None:
+    def open(self, deadline: float = math.inf) -> None:
         """Connect the store anew; nothing is known on a new connection. Raises Unavailable."""
         self._accounts.clear()
         self._clock.distrust()
@@ -1351,7 +1336,7 @@ class Store:
         self.patience = patience  # seconds that a statement may take
         self._locked = False
 
-    def open(self, deadline: float = float("inf")) -> None:
+    def open(self, deadline: float = math.inf) -> None:
         """Connect anew and make sure that sends can be read and written. Begins nothing after the
         deadline, in monotonic seconds."""
         raise NotImplementedError
@@ -1460,7 +1445,7 @@ class SQLiteStore(Store):
     def __str__(self) -> str:
         return f"SQLite {self._path}"
 
-    def open(self, deadline: float = float("inf")) -> None:
+    def open(self, deadline: float = math.inf) -> None:
         self.close()
         try:
             self._connection = sqlite3.connect(
@@ -1573,7 +1558,7 @@ class MySQLStore(Store):
         where = self._hosts[0] if self._connection else ", ".join(self._config.myhost)
         return f"MySQL {self._config.mydb} on {where}"
 
-    def open(self, deadline: float = float("inf")) -> None:
+    def open(self, deadline: float = math.inf) -> None:
         """Connect to the first host that takes sends, beginning with the last that did unless it
         has failed."""
         self.close()
@@ -2399,6 +2384,21 @@ def remove_stale_socket(path: str) -> None:
 
 
 # --- Logging --------------------------------------------------------------------------------------
+
+
+class Seldom:
+    """Lets something be said once in so many seconds."""
+
+    def __init__(self, interval: float) -> None:
+        self._interval = interval
+        self._last = -math.inf
+
+    def due(self) -> bool:
+        now = time.monotonic()
+        if now - self._last < self._interval:
+            return False
+        self._last = now
+        return True
 
 
 def printable(line: str) -> str:
