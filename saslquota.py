@@ -1334,6 +1334,8 @@ class Store:
 
     def __init__(self, patience: float) -> None:
         self.patience = patience  # seconds that a statement may take
+        self._connection: Any = None
+        self._error: type[Exception] = StoreError  # what the connection raises
         self._locked = False
 
     def open(self, deadline: float = math.inf) -> None:
@@ -1342,7 +1344,11 @@ class Store:
         raise NotImplementedError
 
     def close(self) -> None:
-        raise NotImplementedError
+        self._locked = False
+        if self._connection:
+            with contextlib.suppress(self._error, OSError):
+                self._connection.close()
+            self._connection = None
 
     def now(self) -> int:
         """The database's time in microseconds since 1970, UTC."""
@@ -1427,6 +1433,7 @@ class SQLiteStore(Store):
     """The embedded ledger: a file in WAL mode, every commit synced to disk. Several daemons on one
     machine may share it."""
 
+    _connection: sqlite3.Connection | None
     BEGIN = "BEGIN IMMEDIATE"
     SCHEMA = (
         "CREATE TABLE IF NOT EXISTS sends (account TEXT NOT NULL, seq INTEGER NOT NULL,"
@@ -1439,7 +1446,7 @@ class SQLiteStore(Store):
     def __init__(self, path: Path, patience: float) -> None:
         super().__init__(patience)
         self._path = path
-        self._connection: sqlite3.Connection | None = None
+        self._error = sqlite3.Error
         self._inode = 0
 
     def __str__(self) -> str:
@@ -1463,13 +1470,6 @@ class SQLiteStore(Store):
         except (sqlite3.Error, StoreError, OSError) as error:
             self.close()
             raise Unavailable(f"{self._path}: {error}") from None
-
-    def close(self) -> None:
-        self._locked = False
-        if self._connection:
-            with contextlib.suppress(sqlite3.Error):
-                self._connection.close()
-            self._connection = None
 
     def now(self) -> int:
         if not self._connection:
@@ -1547,9 +1547,7 @@ class MySQLStore(Store):
         super().__init__(max(1, config.dbtimeout // 2))  # whole seconds; time for a second try
         self._config = config
         self._hosts = collections.deque(config.myhost)
-        self._connection: Any = None
         self._cursor: Any = None
-        self._error: type[Exception] = StoreError
         self._suspect = False  # the current host has failed
         self._cluster = False
         self._connector = ""  # which of its two implementations runs
@@ -1634,13 +1632,6 @@ class MySQLStore(Store):
         number = getattr(cause, "errno", None)
         message = " ".join(str(error).split())
         return f"{message} - {remedies[number]}" if number in remedies else message
-
-    def close(self) -> None:
-        self._locked = False
-        if self._connection:
-            with contextlib.suppress(self._error, OSError):
-                self._connection.close()
-            self._connection = None
 
     def now(self) -> int:
         (row,) = self._run("SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(6))")
