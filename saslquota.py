@@ -1043,8 +1043,9 @@ class Search(NamedTuple):
     def probes(self) -> list[int]:
         """The sends to look at before so few are left that they can be read one by one."""
         gap = self.high - self.low
-        steps = PROBES if gap > 2 * SPAN_ROWS else 0
-        return [self.low + gap * n // (steps + 1) for n in range(1, steps + 1)]
+        if gap <= 2 * SPAN_ROWS:
+            return []
+        return [self.low + gap * n // (PROBES + 1) for n in range(1, PROBES + 1)]
 
     def narrowed(self, found: Iterable[Sent]) -> Search:
         """What is left to search after a look at them. One that is missing has been purged."""
@@ -1414,13 +1415,14 @@ class Store:
     def purge(self, before: int, after: Mark) -> Mark:
         """Look at some rows older than `before`, on from `after`, and delete those that are not
         their account's newest. Returns how far it came, NOWHERE when it is through."""
+        at, account, seq = after
         newer = "SELECT 1 FROM sends AS n WHERE n.account = s.account AND n.seq > s.seq"
         found = self._run(
             f"SELECT {self.AT}, account, seq, EXISTS ({newer}) FROM sends AS s"
             f" WHERE at < {self.TIME} AND at >= {self.TIME} AND (at > {self.TIME}"
             " OR account > ? OR (account = ? AND seq > ?))"
             f" ORDER BY at, account, seq LIMIT {PURGE_ROWS}",
-            (before, after[0], after[0], after[1], after[1], after[2]),
+            (before, at, at, account, account, seq),
         )
         old = [(account, seq) for _, account, seq, superseded in found if superseded]
         if old:
