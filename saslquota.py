@@ -2282,7 +2282,7 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             os.chmod(self._path, 0o660)
             return
         found = socket.getaddrinfo(config.bind, config.bindport, type=socket.SOCK_STREAM)
-        self.address_family, address = found[0][0], found[0][4]
+        self.address_family, *_, address = found[0]
         super().__init__(address, PolicyHandler)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
@@ -2461,13 +2461,13 @@ class LogWriter(logging.Handler):
             time.sleep(LOG_PAUSE)
             self._wake.clear()
             record = logging.makeLogRecord({})
-            for number in itertools.count():
-                if not self._lines:
-                    break
+            written = 0
+            while self._lines:
                 record.levelno, record.msg = self._lines.popleft()
                 record.levelname = logging.getLevelName(record.levelno)
                 self._target.emit(record)
-                if number % LOG_SLICE == LOG_SLICE - 1:
+                written += 1
+                if written % LOG_SLICE == 0:
                     time.sleep(0)  # the others' turn
             if self._lost:
                 lost, self._lost = self._lost, 0
@@ -2614,8 +2614,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="saslquota.py", description="Postfix policy daemon: sending quotas for SASL senders"
     )
-    beside = Path(__file__).resolve().parent / "saslquota.json"
-    parser.add_argument("-c", metavar="FILE", dest="config", type=Path, default=beside)
+    default = Path(__file__).resolve().with_name("saslquota.json")
+    parser.add_argument("-c", metavar="FILE", dest="config", type=Path, default=default)
     parser.add_argument("--check", action="store_true", help="look at everything, change nothing")
     parser.add_argument("--version", action="version", version=f"saslquota {__version__}")
     arguments = parser.parse_args(argv)
