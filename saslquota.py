@@ -627,36 +627,36 @@ def load_rules(path: Path, retention: int) -> Rules:
     Raises ConfigError that names the file, the line, the rule, the field and what would be right.
     """
     found, where = load_json(path)
-    keys = read_keys(found, where)
-    if "default" not in keys:
+    names = read_keys(found, where)
+    if "default" not in names:
         raise ConfigError(f'{path}: the rule "default" is missing')
 
-    def read(name: str, base: Rule | None) -> Rule:
-        key = keys[name]
-        return read_rule(name, found[key], base, retention, functools.partial(where, key))
+    def read(key: str, base: Rule | None) -> Rule:
+        name = names[key]
+        return read_rule(key, found[name], base, retention, functools.partial(where, name))
 
     default = read("default", None)
-    rules = Rules([default if name == "default" else read(name, default) for name in keys])
+    rules = Rules([default if key == "default" else read(key, default) for key in names])
     for patterns in (rules.addresses, rules.domains):
-        for name, other in patterns.shadowed():
+        for key, other in patterns.shadowed():
             complaint = f"never selected, {quoted(other)} comes first and matches as much"
-            raise ConfigError(f"{where(keys[name])}: {complaint}")
+            raise ConfigError(f"{where(names[key])}: {complaint}")
     return rules
 
 
 def read_keys(found: Iterable[str], where: Where) -> dict[str, str]:
-    """The keys of the rules as they are compared, each with how it is written. Raises
+    """The keys of the rules as they are compared, each with its name in the file. Raises
     ConfigError."""
-    keys: dict[str, str] = {}
-    for key in found:
-        name = key.strip().lower()
-        if name in keys:
-            same = f"the same key as {quoted(keys[name])} but for case and spaces, remove one"
-            raise ConfigError(f"{where(key)}: {same}")
-        if trouble := key_trouble(name):
-            raise ConfigError(f"{where(key)}: {trouble}")
-        keys[name] = key
-    return keys
+    names: dict[str, str] = {}
+    for name in found:
+        key = name.strip().lower()
+        if key in names:
+            same = f"the same key as {quoted(names[key])} but for case and spaces, remove one"
+            raise ConfigError(f"{where(name)}: {same}")
+        if trouble := key_trouble(key):
+            raise ConfigError(f"{where(name)}: {trouble}")
+        names[key] = name
+    return names
 
 
 def key_trouble(key: str) -> str:
@@ -680,25 +680,25 @@ def key_trouble(key: str) -> str:
     return ""
 
 
-def read_rule(name: str, value: Any, base: Rule | None, retention: int, where: Where) -> Rule:
+def read_rule(key: str, value: Any, base: Rule | None, retention: int, where: Where) -> Rule:
     """One rule out of what JSON held for its key; `base` gives the fields that it leaves out, and
     `where` the places of what is in it. Raises ConfigError."""
     if not isinstance(value, list):
-        return Rule(name, (read_window(name, value, base, retention, where),))
+        return Rule(key, (read_window(key, value, base, retention, where),))
     if not 1 <= len(value) <= MAX_WINDOWS:
         raise ConfigError(f"{where()}: must have from 1 to {MAX_WINDOWS} windows")
     windows = tuple(
-        read_window(name, fields, base, retention, functools.partial(where, number))
+        read_window(key, fields, base, retention, functools.partial(where, number))
         for number, fields in enumerate(value)
     )
     for number, window in enumerate(windows):
         if window.count != windows[0].count:
             here = where(number, "count")
             raise ConfigError(f"{here}: must be the same in all windows of a rule")
-    return Rule(name, windows)
+    return Rule(key, windows)
 
 
-def read_window(name: str, fields: Any, base: Rule | None, retention: int, where: Where) -> Window:
+def read_window(key: str, fields: Any, base: Rule | None, retention: int, where: Where) -> Window:
     """One window out of what JSON held for it. Raises ConfigError."""
     if not isinstance(fields, dict):
         raise ConfigError(f'{where()}: must be {{"period": ..., "msgquota": ..., "msg": ...}}')
@@ -715,7 +715,7 @@ def read_window(name: str, fields: Any, base: Rule | None, retention: int, where
         for field in ("period", "msgquota"):
             if field not in values:
                 raise ConfigError(f'{where()}: "{field}" is missing{why}: write it')
-    window = dataclasses.replace(base.windows[0] if base else BUILT_IN, rule=name, **values)
+    window = dataclasses.replace(base.windows[0] if base else BUILT_IN, rule=key, **values)
     if window.period > retention:
         days = f"_retentiondays keeps sends for {retention} seconds only"
         raise ConfigError(f"{where('period')}: too long, {days}")
