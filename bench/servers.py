@@ -231,7 +231,7 @@ class MariaDB:
     """A private server with Debian's defaults, which make every commit durable, and the options
     of --mariadbd."""
 
-    def __init__(self, bench: Bench, options: Sequence[str] = ()) -> None:
+    def __init__(self, bench: Bench, options: Sequence[str]) -> None:
         self.port = free_port()
         self.user, self.password = "saslquota", secrets.token_hex(8)
         self.socket = bench.sockets / "mariadb"

@@ -38,6 +38,22 @@ RETURN = 2  # seconds, within which sends are counted again
 SLACK = 1.0  # seconds more than promised, for a machine that is busy with other things
 CONFIG: Mapping[str, object] = {"_dbtimeout": DBTIMEOUT, "_loglevel": "INFO"}
 SECOND = 1_000_000  # microseconds, as in the ledger
+
+
+def ledger(daemon: Daemon) -> Path:
+    return daemon.directory / "saslquota.db"
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep everybody else from writing to an SQLite file."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("PRAGMA busy_timeout = 10000")
+        other.execute("BEGIN IMMEDIATE")
+        yield
+        other.execute("ROLLBACK")
+
+
 OK = "OK"
 REFUSED = "REJECT over quota"
 DEFERRED = "DEFER_IF_PERMIT quota service unavailable, try again later"

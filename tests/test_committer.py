@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import lone_charge, submit
-from faults import session
+from faults import locked, session
 from servers import Database, wait_for
 from test_store import mysql_config
 
@@ -110,18 +110,14 @@ def test_whoever_waits_when_it_gives_up_gets_the_fallback(tmp_path: Path) -> Non
     path = tmp_path / "ledger.db"
     with running(path, timeout=30) as committer, ThreadPoolExecutor(3) as pool:
         ask(committer)
-        locker = SQLiteStore(path, 1)
-        locker.open()
-        locker._run("BEGIN IMMEDIATE")
-        waiting = [
-            pool.submit(submit, committer, lone_charge(name, 1, "", HOUR))
-            for name in ("b", "c", "d")
-        ]
-        wait_for(lambda: committer._at_work.locked(), 5, "the ledger is at work")
-        committer.give_up()
-        assert [future.result(10) for future in waiting] == [None] * 3
-        locker._run("ROLLBACK")
-        locker.close()
+        with locked(path):
+            waiting = [
+                pool.submit(submit, committer, lone_charge(name, 1, "", HOUR))
+                for name in ("b", "c", "d")
+            ]
+            wait_for(lambda: committer._at_work.locked(), 5, "the ledger is at work")
+            committer.give_up()
+            assert [future.result(10) for future in waiting] == [None] * 3
 
 
 def test_the_first_answer_counts(tmp_path: Path) -> None:
@@ -130,19 +126,15 @@ def test_the_first_answer_counts(tmp_path: Path) -> None:
     verdicts: list[Verdict | None] = []
     with running(path, timeout=1) as committer, ThreadPoolExecutor(1) as pool:
         ask(committer)
-        locker = SQLiteStore(path, 1)
-        locker.open()
-        locker._run("BEGIN IMMEDIATE")
-        pool.submit(submit, committer, lone_charge("b", 1, "", HOUR))
-        wait_for(lambda: committer._at_work.locked(), 5, "the ledger is at work")
-        job = committer.submit(lone_charge("c", 1, "", HOUR), verdicts.append)
-        assert job
-        start = time.monotonic()
-        job.wait()
-        assert 0.5 < time.monotonic() - start < 5
-        assert verdicts == [None]
-        locker._run("ROLLBACK")
-        locker.close()
+        with locked(path):
+            pool.submit(submit, committer, lone_charge("b", 1, "", HOUR))
+            wait_for(lambda: committer._at_work.locked(), 5, "the ledger is at work")
+            job = committer.submit(lone_charge("c", 1, "", HOUR), verdicts.append)
+            assert job
+            start = time.monotonic()
+            job.wait()
+            assert 0.5 < time.monotonic() - start < 5
+            assert verdicts == [None]
         job.answer(Verdict(True, 1, HOUR[0]))
         wait_for(lambda: submit(committer, lone_charge("d", 1, "", HOUR)), 10, "it counts again")
     assert verdicts == [None]

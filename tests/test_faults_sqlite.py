@@ -5,7 +5,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -30,7 +30,9 @@ from faults import (
     audit_clocked,
     entries,
     full,
+    ledger,
     libfaketime,
+    locked,
     outlast,
     pause,
     set_clock_under_load,
@@ -48,10 +50,6 @@ def counting(daemon: Start) -> Iterator[Daemon]:
     running = daemon(CONFIG, RULES)
     yield running
     assert "Traceback" not in running.log()
-
-
-def ledger(running: Daemon) -> Path:
-    return running.directory / "saslquota.db"
 
 
 # --- The daemon -----------------------------------------------------------------------------------
@@ -104,19 +102,9 @@ def test_the_file_is_replaced_by_a_backup(counting: Daemon) -> None:
     wait_for_log(counting, f"{path}: replaced by another file")
 
 
-@contextmanager
-def locked(running: Daemon) -> Iterator[None]:
-    """Another process writes to the file."""
-    with closing(sqlite3.connect(ledger(running), isolation_level=None)) as other:
-        other.execute("PRAGMA busy_timeout = 10000")
-        other.execute("BEGIN IMMEDIATE")
-        yield
-        other.execute("ROLLBACK")
-
-
 def test_the_file_is_locked_for_long(counting: Daemon) -> None:
     with Load(counting.port) as load:
-        outlast(counting, load, locked(counting), "database is locked", seconds=8)
+        outlast(counting, load, locked(ledger(counting)), "database is locked", seconds=8)
     audit_all(ledger(counting), load)
 
 
@@ -125,7 +113,7 @@ def test_the_file_is_locked_for_a_moment(counting: Daemon) -> None:
     with Load(counting.port) as load:
         for _ in range(5):
             load.wait(OK, 10, 100)
-            with locked(counting):
+            with locked(ledger(counting)):
                 pause(0.5)
         load.counts_within()
     audit_all(ledger(counting), load)

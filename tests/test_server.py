@@ -11,12 +11,13 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from faults import ledger, locked
 from servers import LOOPBACK, ROOT, Daemon, Policy, clean_environment, is_listening, wait_for
 
 from saslquota import PolicyServer
@@ -65,15 +66,6 @@ def counted(daemon: Daemon) -> int:
     """How many sends are in the ledger."""
     with closing(sqlite3.connect(daemon.directory / "saslquota.db")) as connection:
         return int(connection.execute("SELECT COUNT(*) FROM sends").fetchone()[0])
-
-
-@contextmanager
-def locked(daemon: Daemon) -> Iterator[None]:
-    """Keep the daemon from writing: what is asked meanwhile is under way until the end."""
-    path = daemon.directory / "saslquota.db"
-    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        connection.execute("BEGIN IMMEDIATE")
-        yield
 
 
 def subprocess_of(daemon: Daemon) -> subprocess.Popen[bytes]:
@@ -406,6 +398,11 @@ def taken(policy: Policy) -> bool:
         return False
 
 
+def fill(policy: Policy) -> int:
+    """Ask until a reply finds no room on the way; return how many did."""
+    return sum(1 for _ in iter(lambda: taken(policy), False))
+
+
 def test_a_reply_that_finds_no_room_comes_when_there_is(
     daemon: Start, new_directory: Callable[[], Path]
 ) -> None:
@@ -414,13 +411,11 @@ def test_a_reply_that_finds_no_room_comes_when_there_is(
     running = daemon({"_bind": f"unix:{path}", "_loglevel": "INFO"})
 
     with connected(path) as policy, connected(path) as second, connected(path) as other:
-        room = 0
-        while taken(policy):
-            room += 1
+        room = fill(policy)
         assert [policy.reply() for _ in range(room + 1)] == ["DUNNO"] * (room + 1)
         assert policy.ask() == "OK"
         assert all(taken(second) for _ in range(room))
-        with locked(running):
+        with locked(ledger(running)):
             other.send(Policy.block())
             second.send(Policy.block())
         assert other.reply() == "OK"
@@ -449,7 +444,7 @@ def test_a_request_under_way_does_not_make_room(daemon: Start) -> None:
     running = daemon({"_maxconnections": 3})
     with running.policy() as busy, running.policy() as idle, running.policy() as third:
         assert [busy.ask(), idle.ask()] == ["OK"] * 2
-        with locked(running):
+        with locked(ledger(running)):
             busy.send(Policy.block())
             for _ in range(50):  # by then the request before is under way, too
                 third.send(SMALL)
@@ -467,9 +462,7 @@ def test_a_reply_under_way_does_not_make_room(
     path = str(new_directory() / "policy")
     daemon({"_bind": f"unix:{path}", "_maxconnections": 2, "_loglevel": "INFO"})
     with connected(path) as full, connected(path) as idle:
-        room = 0
-        while taken(full):
-            room += 1
+        room = fill(full)
         assert idle.ask() == "OK"
         with connected(path) as other:
             assert other.ask() == "OK"
@@ -566,7 +559,7 @@ def test_a_request_under_way_is_answered(daemon: Start, signum: int) -> None:
     running = daemon()
     with running.policy() as idle, running.policy() as policy:
         assert [idle.ask(), policy.ask()] == ["OK"] * 2
-        with locked(running):
+        with locked(ledger(running)):
             policy.send(Policy.block())
             os.kill(running.pid, signum)
             wait_for(lambda: not is_listening(running.port), 5, "it listens no more")
@@ -587,7 +580,7 @@ def test_a_request_that_cannot_be_counted_is_answered(daemon: Start, signum: int
     running = daemon()
     with running.policy() as policy:
         assert policy.ask() == "OK"
-        with locked(running):
+        with locked(ledger(running)):
             policy.send(Policy.block())
             start = time.monotonic()
             assert running.stop(signum) == 0
