@@ -5,7 +5,6 @@ run's last lines say so loudly, and with CI=true in the environment it fails the
 """
 
 import os
-import shutil
 import signal
 import tempfile
 from collections import Counter
@@ -15,51 +14,12 @@ from pathlib import Path
 from types import FrameType
 
 import pytest
-from servers import IS_ROOT, Daemon, Database, MariaDB, Postfix, Supervisor
-
-from saslquota import (
-    Answer,
-    Charge,
-    Committer,
-    Message,
-    Part,
-    Policy,
-    Request,
-    Verdict,
-    Window,
-)
-
-
-def lone_charge(account: str, cost: int, instance: str, windows: tuple[Window, ...]) -> Charge:
-    """Return a send of a sender above whom there is no pool."""
-    return Charge(instance, (Part(account, cost, windows),))
-
-
-def submit(committer: Committer, charge: Charge) -> Verdict | None:
-    """Return what is delivered; it must be one verdict."""
-    verdicts: list[Verdict | None] = []
-    if job := committer.submit(charge, verdicts.append):
-        job.wait()
-    (verdict,) = verdicts
-    return verdict
-
-
-def check(policy: Policy, request: Request, message: Message | None = None) -> Answer:
-    """Return what is delivered; it must be one answer."""
-    answers: list[Answer] = []
-    if job := policy.check(request, message or Message(), answers.append):
-        job.wait()
-    (answer,) = answers
-    return answer
-
-
-def require(*commands: str, root: bool = False) -> None:
-    """Skip the test unless the commands are installed (and we are root)."""
-    missing = [command for command in commands if shutil.which(command) is None]
-    if missing:
-        pytest.skip(f"not installed: {', '.join(missing)}")
-    if root and not IS_ROOT:
-        pytest.skip("needs root")
+from fleet import Fleet, StartFleet
+from helpers import StartDaemon, StartPostfix, StartSupervisor, require
+from servers.daemon import Daemon
+from servers.mariadb import Database, MariaDB
+from servers.postfix import Postfix
+from servers.supervisor import Supervisor
 
 
 def _skips(config: pytest.Config) -> Counter[str]:
@@ -142,8 +102,8 @@ def database(mariadb: MariaDB) -> Database:
 
 
 @pytest.fixture
-def daemon(new_directory: Callable[[], Path]) -> Iterator[Callable[..., Daemon]]:
-    """Start daemons: daemon(config, rules, env), see servers.Daemon."""
+def daemon(new_directory: Callable[[], Path]) -> Iterator[StartDaemon]:
+    """Start daemons: daemon(config, rules, env), see servers.daemon."""
     with ExitStack() as stack:
 
         def start(*arguments: object, **options: object) -> Daemon:
@@ -154,8 +114,8 @@ def daemon(new_directory: Callable[[], Path]) -> Iterator[Callable[..., Daemon]]
 
 
 @pytest.fixture
-def postfix(new_directory: Callable[[], Path]) -> Iterator[Callable[..., Postfix]]:
-    """Start Postfix instances: postfix(saslquota, main, options, users), see servers.Postfix."""
+def postfix(new_directory: Callable[[], Path]) -> Iterator[StartPostfix]:
+    """Start Postfix instances: postfix(saslquota, main, options, users), see servers.postfix."""
     require("postfix", "postconf", "saslpasswd2", "openssl", root=True)
     with ExitStack() as stack:
 
@@ -167,8 +127,22 @@ def postfix(new_directory: Callable[[], Path]) -> Iterator[Callable[..., Postfix
 
 
 @pytest.fixture
-def supervisor(new_directory: Callable[[], Path]) -> Iterator[Callable[..., Supervisor]]:
-    """Start supervisord with the shipped program: supervisor(env), see servers.Supervisor."""
+def no_warning(postfix: StartPostfix) -> Iterator[StartPostfix]:
+    """Start Postfix instances whose logs may not show any trouble at the end."""
+    started: list[Postfix] = []
+
+    def start(*arguments: object, **options: object) -> Postfix:
+        started.append(postfix(*arguments, **options))
+        return started[-1]
+
+    yield start
+    for instance in started:
+        assert not instance.warnings(), instance.log()
+
+
+@pytest.fixture
+def supervisor(new_directory: Callable[[], Path]) -> Iterator[StartSupervisor]:
+    """Start supervisord with the shipped program: supervisor(env), see servers.supervisor."""
     require("supervisord", "supervisorctl")
     with ExitStack() as stack:
 
@@ -177,3 +151,17 @@ def supervisor(new_directory: Callable[[], Path]) -> Iterator[Callable[..., Supe
             return stack.enter_context(started)
 
         yield start
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[StartFleet]:
+    """Ledgers on one file: fleet(daemons), see fleet.Fleet."""
+    made: list[Fleet] = []
+
+    def make(daemons: int = 1) -> Fleet:
+        made.append(Fleet(tmp_path, daemons))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()

@@ -20,7 +20,9 @@ from collections import Counter, defaultdict, deque
 from contextlib import ExitStack
 from pathlib import Path
 
-from servers import Daemon, Database, MariaDB, Policy
+from servers.daemon import Daemon, PolicyClient
+from servers.load import DEFERRED
+from servers.mariadb import Database, MariaDB
 
 WORKERS = 8  # connections
 SENDERS = 200
@@ -29,7 +31,6 @@ TIMEOUT = 5  # seconds, _dbtimeout
 RESTART = 180.0  # seconds between two restarts of the database
 REWRITE = 5.0  # seconds between two versions of the rules
 BACK = 3.0  # seconds that the daemon may take to count again
-DEFER = "DEFER_IF_PERMIT quota service unavailable, try again later"
 EXPORT = (
     "SELECT account, instance, recipients, TIMESTAMPDIFF(MICROSECOND, '1970-01-01', at)"
     " FROM sends ORDER BY account, seq"
@@ -57,7 +58,7 @@ class Soak:
         if len(self.mistakes) <= 20:
             print(f"MISTAKE: {what}", flush=True)
 
-    def ask(self, policy: Policy, worker: int) -> None:
+    def ask(self, policy: PolicyClient, worker: int) -> None:
         """One request, and whether its reply is one that may be."""
         taken = self.accepted[worker]
         number = len(taken)
@@ -70,9 +71,9 @@ class Soak:
         self.replies[action] += 1
         if end - start > TIMEOUT + 1:
             self.mistake(f"a reply took {end - start:.1f} s")
-        if action == DEFER and start > self.excused:
+        if action == DEFERRED and start > self.excused:
             self.mistake("not counted while the database was there")
-        elif action not in ("OK", DEFER, "REJECT over quota"):
+        elif action not in ("OK", DEFERRED, "REJECT over quota"):
             self.mistake(f"action={action}")
 
     def work(self, worker: int, pause: float) -> None:
@@ -129,7 +130,7 @@ class Soak:
         found = dict(re.findall(r"(Threads|VmRSS):\s+(\d+)", status))
         descriptors = len(os.listdir(f"/proc/{self.daemon.pid}/fd"))
         rows = self.database.sql("SELECT COUNT(*) FROM sends")
-        deferred, refused = self.replies[DEFER], self.replies["REJECT over quota"]
+        deferred, refused = self.replies[DEFERRED], self.replies["REJECT over quota"]
         print(
             f"| {(time.monotonic() - started) / 60:.1f} | {int(found['VmRSS']) / 1024:.1f}"
             f" | {found['Threads']} | {descriptors} | {rows} | {self.replies['OK']} | {refused}"
@@ -183,7 +184,7 @@ class Soak:
                 self.mistake(f"{lost} accepted sends have no row")
         accepted = sum(map(sum, self.accepted))
         print(f"{len(seen)} rows, {accepted} accepted sends")
-        if len(seen) - accepted > self.replies[DEFER]:
+        if len(seen) - accepted > self.replies[DEFERRED]:
             self.mistake("more rows than sends that were accepted or given up")
 
 

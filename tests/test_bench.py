@@ -4,8 +4,8 @@ import os
 import subprocess
 
 import pytest
-from conftest import require
-from servers import ROOT
+from helpers import require
+from servers.process import ROOT
 
 
 @pytest.mark.slow

@@ -8,14 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import lone_charge, submit
-from faults import locked, session
-from servers import Database, wait_for
-from test_store import mysql_config
+from helpers import DAY, lone_charge, mysql_config, submit
+from servers.disk import locked
+from servers.mariadb import Database, session
+from servers.process import wait_for
 
 from saslquota import Charge, Committer, Ledger, MySQLStore, Part, SQLiteStore, Verdict, Window
 
-DAY = 86_400
 HOUR = (Window(3600, 2),)
 
 

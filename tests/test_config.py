@@ -9,11 +9,11 @@ import re
 from pathlib import Path
 
 import pytest
-from servers import ROOT
+from helpers import EXAMPLES, example_files
+from servers.process import ROOT
 
 from saslquota import Config, ConfigError, load_config, split_host
 
-HERE = Path(__file__).resolve().parent / "config"
 OWNERS_KEYS = [
     "_bind",
     "_bindport",
@@ -29,12 +29,6 @@ OWNERS_KEYS = [
 SHIPPED_KEYS = ["$schema", *OWNERS_KEYS[:3], "_store", "_sqlitefile", *OWNERS_KEYS[3:]]
 
 
-def files(directory: Path) -> list[Path]:
-    found = sorted(directory.glob("*.json"))
-    assert found, directory
-    return found
-
-
 def written(tmp_path: Path, **settings: object) -> Path:
     path = tmp_path / "saslquota.json"
     path.write_text(json.dumps(settings), "utf-8")
@@ -47,13 +41,13 @@ def refusal(path: Path, **environ: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("path", files(HERE / "invalid"), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", example_files("config/invalid"), ids=lambda path: path.stem)
 def test_an_invalid_file_gets_its_message(path: Path) -> None:
     expected = path.with_suffix(".txt").read_text("utf-8").removesuffix("\n")
     assert refusal(path) == f"{path.parent}/{expected}"
 
 
-@pytest.mark.parametrize("path", files(HERE / "valid"), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", example_files("config/valid"), ids=lambda path: path.stem)
 def test_a_valid_file_gives_its_settings(path: Path) -> None:
     config = load_config(path, {})
     expected = path.with_suffix(".txt").read_text("utf-8")
@@ -63,14 +57,17 @@ def test_a_valid_file_gives_its_settings(path: Path) -> None:
 
 def test_the_valid_files_show_every_setting() -> None:
     for name in ("nothing", "every-setting"):
-        lines = (HERE / "valid" / f"{name}.txt").read_text("utf-8").splitlines()
+        lines = (EXAMPLES / "config/valid" / f"{name}.txt").read_text("utf-8").splitlines()
         names = {line.partition(" = ")[0] for line in lines}
         assert names == set(Config.__dataclass_fields__) - {"path"}
 
 
 def test_the_owners_file_has_the_owners_keys() -> None:
     """The ten keys of his README, which knows no _store: his file means MySQL."""
-    assert list(json.loads((HERE / "valid/owners-ten-keys.json").read_text())) == OWNERS_KEYS
+    assert (
+        list(json.loads((EXAMPLES / "config/valid/owners-ten-keys.json").read_text()))
+        == OWNERS_KEYS
+    )
 
 
 def test_the_shipped_file() -> None:

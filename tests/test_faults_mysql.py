@@ -9,9 +9,20 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import require
-from faults import (
+from helpers import StartDaemon, mysql_config, require
+from servers.audit import audit, audit_all, entries
+from servers.clock import (
     CLOCK_RULES,
+    ClockedDaemon,
+    ClockedMariaDB,
+    audit_clocked,
+    libfaketime,
+    set_clock,
+    set_clock_under_load,
+)
+from servers.daemon import Daemon
+from servers.disk import full, small_disk
+from servers.load import (
     CONFIG,
     DEFERRED,
     LATEST,
@@ -22,30 +33,12 @@ from faults import (
     RULES,
     SLACK,
     WIDE,
-    ClockedDaemon,
-    ClockedMariaDB,
     Load,
-    Start,
-    audit,
-    audit_all,
-    audit_clocked,
-    changed,
-    crowded,
-    entries,
-    frozen,
-    full,
-    kill_connections,
-    libfaketime,
     outlast,
-    pause,
-    session,
-    set_clock,
-    set_clock_under_load,
-    small_disk,
-    wait_for_log,
 )
-from servers import LOOPBACK, ROOT, Daemon, Database, MariaDB, run, wait_for
-from test_store import mysql_config
+from servers.mariadb import Database, MariaDB, changed, crowded, frozen, kill_connections, session
+from servers.ports import LOOPBACK
+from servers.process import ROOT, pause, run, wait_for, wait_for_log
 
 from saslquota import LOCK_PAUSE, Config, MySQLStore
 
@@ -53,7 +46,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def counting(database: Database, daemon: Start) -> Iterator[Daemon]:
+def counting(database: Database, daemon: StartDaemon) -> Iterator[Daemon]:
     """A daemon on the database, in whose log no bug may show."""
     running = daemon({**database.config(), **CONFIG}, RULES)
     yield running
@@ -121,7 +114,7 @@ def test_a_global_read_lock(mariadb: MariaDB, database: Database, counting: Daem
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_some_senders_rows_are_locked(
-    mariadb: MariaDB, database: Database, daemon: Start, number: int
+    mariadb: MariaDB, database: Database, daemon: StartDaemon, number: int
 ) -> None:
     """By somebody's transaction: the others are counted meanwhile. With the `_dbtimeout` that is
     the default; the least one leaves no time for a second try after a wait."""
@@ -224,7 +217,7 @@ def disk(new_directory: Callable[[], Path]) -> Iterator[Path]:
         yield path
 
 
-def test_a_full_disk(disk: Path, daemon: Start) -> None:
+def test_a_full_disk(disk: Path, daemon: StartDaemon) -> None:
     require("mariadbd", "mariadb-install-db", "mariadb")
     with SmallMariaDB(disk) as server:
         database = server.create_database()
@@ -253,7 +246,7 @@ def test_the_daemon_is_killed(database: Database, counting: Daemon) -> None:
     assert None in {sample.reply for sample in load.samples}
 
 
-def test_the_servers_clock_is_set(new_directory: Callable[[], Path], daemon: Start) -> None:
+def test_the_servers_clock_is_set(new_directory: Callable[[], Path], daemon: StartDaemon) -> None:
     require("mariadbd", "mariadb-install-db", "mariadb")
     if not libfaketime():
         pytest.skip("not installed: libfaketime")

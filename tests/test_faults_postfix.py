@@ -9,10 +9,12 @@ from smtplib import SMTP
 from typing import NamedTuple
 
 import pytest
-from faults import Entry, Start, audit, entries
-from servers import ROOT, Daemon, Database, Postfix, wait_for
-from test_hostile import in_background
-from test_postfix import ALICE, is_accepted, send
+from helpers import StartDaemon, StartPostfix, in_background
+from servers.audit import Entry, audit, entries
+from servers.daemon import Daemon
+from servers.mariadb import Database
+from servers.postfix import ALICE, Postfix, is_accepted, send
+from servers.process import ROOT, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -73,9 +75,7 @@ def wait_for_more(things: Callable[[], int], number: int, what: str) -> None:
     wait_for(lambda: things() >= before + number, 20, what)
 
 
-def test_the_daemon_is_killed(
-    ledger: Ledger, daemon: Start, postfix: Callable[..., Postfix]
-) -> None:
+def test_the_daemon_is_killed(ledger: Ledger, daemon: StartDaemon, postfix: StartPostfix) -> None:
     counting = daemon({**ledger.config, "_loglevel": "INFO"}, RULES)
     instance = postfix(service(counting.port), users=(ALICE, BOB))
     with instance.login(BOB) as session:

@@ -9,9 +9,18 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
-from conftest import require
-from faults import (
+from helpers import StartDaemon, require
+from servers.audit import audit, audit_all, entries
+from servers.clock import (
     CLOCK_RULES,
+    ClockedDaemon,
+    audit_clocked,
+    libfaketime,
+    set_clock_under_load,
+)
+from servers.daemon import Daemon, Unprivileged, ledger
+from servers.disk import full, locked, small_disk
+from servers.load import (
     CONFIG,
     DEFERRED,
     LATEST,
@@ -21,31 +30,16 @@ from faults import (
     RETURN,
     RULES,
     SLACK,
-    ClockedDaemon,
     Load,
-    Start,
-    Unprivileged,
-    audit,
-    audit_all,
-    audit_clocked,
-    entries,
-    full,
-    ledger,
-    libfaketime,
-    locked,
     outlast,
-    pause,
-    set_clock_under_load,
-    small_disk,
-    wait_for_log,
 )
-from servers import IS_ROOT, Daemon, wait_for
+from servers.process import IS_ROOT, pause, wait_for, wait_for_log
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def counting(daemon: Start) -> Iterator[Daemon]:
+def counting(daemon: StartDaemon) -> Iterator[Daemon]:
     """A daemon with a ledger of its own, in whose log no bug may show."""
     running = daemon(CONFIG, RULES)
     yield running
@@ -176,7 +170,7 @@ def disk(new_directory: Callable[[], Path]) -> Iterator[Path]:
         yield path
 
 
-def test_a_full_disk(disk: Path, daemon: Start) -> None:
+def test_a_full_disk(disk: Path, daemon: StartDaemon) -> None:
     path = disk / "saslquota.db"
     counting = daemon({**CONFIG, "_sqlitefile": str(path)}, RULES)
     with Load(counting.port) as load:

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from servers import LOOPBACK, Daemon, wait_for
+from servers.daemon import Daemon
+from servers.ports import LOOPBACK
+from servers.process import wait_for, wait_for_log
 
 from saslquota import (
     MAX_ACCOUNT,
@@ -180,7 +182,7 @@ def running(new_directory: Callable[[], Path]) -> Iterator[Daemon]:
     with Daemon(new_directory(), {"_bindtimeout": 5}, RULES) as daemon:
         with daemon.policy() as policy:
             assert policy.ask() == "OK"
-        wait_for(lambda: "thread stopped" in daemon.log(), 5, "its thread has ended")
+        wait_for_log(daemon, "thread stopped")
         before = threads(daemon)
         yield daemon
         with daemon.policy() as policy:

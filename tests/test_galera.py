@@ -7,27 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import require
-from faults import (
-    DEFERRED,
-    LIBGALERA,
-    OK,
-    REFUSED,
-    SLACK,
-    Entry,
-    Galera,
-    GaleraNode,
-    Load,
-    Start,
-    assert_never_over_quota,
-    audit,
-    entries,
-    libfaketime,
-    pause,
-    set_clock,
-    wait_for_log,
-)
-from servers import Daemon, Database, wait_for
+from helpers import StartDaemon, require
+from servers.audit import Entry, assert_never_over_quota, audit, entries
+from servers.clock import libfaketime, set_clock
+from servers.daemon import Daemon
+from servers.galera import LIBGALERA, Galera, GaleraNode
+from servers.load import DEFERRED, OK, REFUSED, SLACK, Load
+from servers.mariadb import Database
+from servers.process import pause, wait_for, wait_for_log
 
 from saslquota import Config
 
@@ -59,7 +46,7 @@ def shared(galera: Galera) -> Database:
 
 
 def three_daemons(
-    galera: Galera, shared: Database, daemon: Start, period: int, quota: int
+    galera: Galera, shared: Database, daemon: StartDaemon, period: int, quota: int
 ) -> list[Daemon]:
     rules = {"default": {"period": period, "msgquota": quota, "msg": "over quota"}}
     config = {**shared.config(), "_loglevel": "INFO"}
@@ -100,7 +87,9 @@ def use_up(daemons: Sequence[Daemon]) -> list[str]:
     return accepted
 
 
-def test_a_node_is_killed_and_comes_back(galera: Galera, shared: Database, daemon: Start) -> None:
+def test_a_node_is_killed_and_comes_back(
+    galera: Galera, shared: Database, daemon: StartDaemon
+) -> None:
     quota = 1500
     daemons = three_daemons(galera, shared, daemon, 3600, quota)
     ports = [running.port for running in daemons]
@@ -123,7 +112,7 @@ def test_a_node_is_killed_and_comes_back(galera: Galera, shared: Database, daemo
     assert 0 <= given_up <= sum(s.reply == DEFERRED for s in load.samples)
 
 
-def test_a_node_is_frozen(galera: Galera, shared: Database, daemon: Start) -> None:
+def test_a_node_is_frozen(galera: Galera, shared: Database, daemon: StartDaemon) -> None:
     """The others drop it after a while; when it wakes it joins them again, and its daemons'
     INSERTs, which it still holds, do no harm."""
     quota = 1500
@@ -161,7 +150,7 @@ def cut_off(node: GaleraNode, database: str) -> Iterator[None]:
         node.sql("SET GLOBAL wsrep_provider_options = 'gmcast.isolate=0'")
 
 
-def test_a_node_that_is_not_ready(galera: Galera, shared: Database, daemon: Start) -> None:
+def test_a_node_that_is_not_ready(galera: Galera, shared: Database, daemon: StartDaemon) -> None:
     """Error 1047: its daemon goes on with the next one."""
     running, *_ = three_daemons(galera, shared, daemon, 3600, 10**6)
     with Load(running.port, SENDERS, connections=4, pause=0.02) as load:
@@ -185,7 +174,7 @@ def clocked(galera: Galera, shared: Database) -> Iterator[Database]:
         set_clock(node.clock, 0)
 
 
-def test_clocks_minutes_apart(galera: Galera, clocked: Database, daemon: Start) -> None:
+def test_clocks_minutes_apart(galera: Galera, clocked: Database, daemon: StartDaemon) -> None:
     """Exact by the ledger's own times, which are those of the clock farthest ahead."""
     daemons = three_daemons(galera, clocked, daemon, 2, 60)
     with Load([d.port for d in daemons], SENDERS, connections=9, pause=0.01) as load:
@@ -203,7 +192,7 @@ def test_clocks_minutes_apart(galera: Galera, clocked: Database, daemon: Start) 
 
 
 def test_nobody_is_locked_out_for_longer_than_the_clocks_differ(
-    galera: Galera, clocked: Database, daemon: Start
+    galera: Galera, clocked: Database, daemon: StartDaemon
 ) -> None:
     """Used up by the daemon whose clock is 6 s ahead, and asked again at another one."""
     ahead, _, behind = three_daemons(galera, clocked, daemon, 2, 60)

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from servers import LOOPBACK, Daemon, Policy, wait_for
-from test_server import SMALL, WHOLE, connected, is_closed, told
+from helpers import SMALL, WHOLE, StartDaemon, in_background
+from servers.daemon import Daemon, PolicyClient
+from servers.ports import LOOPBACK
+from servers.process import wait_for, wait_for_log
 
-Start = Callable[..., Daemon]
 Address = tuple[str, int] | str
 Hostility = Callable[[], AbstractContextManager[object]]
 
@@ -51,14 +52,14 @@ class Others:
     """Clients as Postfix is one: they ask, and take the reply. Their senders are not over quota."""
 
     def __init__(self, address: Address, number: int = 4) -> None:
-        self._policies = [connected(address) for _ in range(number)]
+        self._policies = [PolicyClient(address) for _ in range(number)]
         self.ask(100)
 
     def ask(self, times: int) -> list[float]:
         """Ask so often, in turn; return the seconds that each reply took."""
         seconds = []
         for count in range(times):
-            block = Policy.block(sasl_username=f"user{random.randrange(500)}@example.com")
+            block = PolicyClient.block(sasl_username=f"user{random.randrange(500)}@example.com")
             start = time.monotonic()
             policy = self._policies[count % len(self._policies)]
             policy.send(block)
@@ -128,41 +129,16 @@ def tcp(daemon: Daemon) -> Address:
 
 
 @contextmanager
-def in_background(work: Callable[[], object]) -> Iterator[None]:
-    """Do it again and again, until the end of the block."""
-    stop = threading.Event()
-    errors: list[BaseException] = []
-
-    def loop() -> None:
-        try:
-            while not stop.is_set():
-                work()
-        except (OSError, AssertionError) as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=loop)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join(30)
-    assert not thread.is_alive()
-    if errors:
-        raise errors[0]
-
-
-@contextmanager
-def many(number: int, address: Address) -> Iterator[list[Policy]]:
+def many(number: int, address: Address) -> Iterator[list[PolicyClient]]:
     with ExitStack() as stack:
-        yield [stack.enter_context(connected(address)) for _ in range(number)]
+        yield [stack.enter_context(PolicyClient(address)) for _ in range(number)]
 
 
 # --- Connections ----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_two_thousand_connections(daemon: Start) -> None:
+def test_two_thousand_connections(daemon: StartDaemon) -> None:
     running = daemon(QUIET, MANY)
     address = tcp(running)
 
@@ -182,18 +158,18 @@ def test_two_thousand_connections(daemon: Start) -> None:
 
 
 @pytest.mark.slow
-def test_five_hundred_that_say_nothing(daemon: Start) -> None:
+def test_five_hundred_that_say_nothing(daemon: StartDaemon) -> None:
     running = daemon(QUIET, MANY)
     assert_unharmed(running, tcp(running), lambda: many(500, tcp(running)))
 
 
 @pytest.mark.slow
-def test_five_hundred_that_send_a_byte_a_second(daemon: Start) -> None:
+def test_five_hundred_that_send_a_byte_a_second(daemon: StartDaemon) -> None:
     running = daemon(QUIET, MANY)
 
     @contextmanager
     def drip() -> Iterator[None]:
-        block = Policy.block()
+        block = PolicyClient.block()
         with many(500, tcp(running)) as policies:
             sent = iter(range(10**9))
 
@@ -210,7 +186,9 @@ def test_five_hundred_that_send_a_byte_a_second(daemon: Start) -> None:
 
 
 @pytest.mark.slow
-def test_two_hundred_that_take_no_reply(daemon: Start, new_directory: Callable[[], Path]) -> None:
+def test_two_hundred_that_take_no_reply(
+    daemon: StartDaemon, new_directory: Callable[[], Path]
+) -> None:
     """Over a Unix socket, whose buffers are full sooner."""
     path = str(new_directory() / "policy")
     running = daemon({**QUIET, "_bind": f"unix:{path}"}, MANY)
@@ -220,7 +198,7 @@ def test_two_hundred_that_take_no_reply(daemon: Start, new_directory: Callable[[
         with many(200, path) as policies:
             for policy in policies:
                 policy._socket.setblocking(False)
-            full: set[Policy] = set()
+            full: set[PolicyClient] = set()
             while len(full) < len(policies):  # for as long as any takes more within 0.2 s
                 ready = select.select([], [p._socket for p in policies], [], 0.2)[1]
                 full = {policy for policy in policies if policy._socket not in ready}
@@ -241,17 +219,17 @@ def test_two_hundred_that_take_no_reply(daemon: Start, new_directory: Callable[[
 
 
 @pytest.mark.slow
-def test_more_connections_than_are_allowed(daemon: Start) -> None:
+def test_more_connections_than_are_allowed(daemon: StartDaemon) -> None:
     """The others ask all the time: they are never those that were idle longest."""
     running = daemon({**QUIET, "_maxconnections": 100}, MANY)
 
     @contextmanager
     def churn() -> Iterator[None]:
         with ExitStack() as stack:
-            policies: list[Policy] = []
+            policies: list[PolicyClient] = []
 
             def one_more() -> None:
-                policies.append(stack.enter_context(connected(tcp(running))))
+                policies.append(stack.enter_context(PolicyClient(tcp(running))))
                 if len(policies) > 300:
                     policies.pop(0).close()
                 time.sleep(0.003)
@@ -265,7 +243,7 @@ def test_more_connections_than_are_allowed(daemon: Start) -> None:
 
 
 @pytest.mark.slow
-def test_descriptors_are_used_up(daemon: Start) -> None:
+def test_descriptors_are_used_up(daemon: StartDaemon) -> None:
     running = daemon(QUIET, MANY)
     warm = Others(tcp(running))
     limit = len(os.listdir(f"/proc/{running.pid}/fd")) + 30
@@ -274,27 +252,27 @@ def test_descriptors_are_used_up(daemon: Start) -> None:
     @contextmanager
     def use_up() -> Iterator[None]:
         with many(100, tcp(running)) as policies:
-            wait_for(lambda: is_closed(policies[0]), 10, "room is made")
+            wait_for(lambda: policies[0].is_closed(), 10, "room is made")
             yield
 
     with warm:
         assert_unharmed(running, tcp(running), use_up)
 
 
-def test_silent_connections_make_room_first(daemon: Start) -> None:
+def test_silent_connections_make_room_first(daemon: StartDaemon) -> None:
     """Whoever has never asked anything makes room before a client of Postfix's that only pauses."""
     running = daemon({**QUIET, "_maxconnections": 20}, MANY)
     with running.policy() as pausing:
         assert pausing.ask() == "OK"
         with many(100, tcp(running)):
-            told(running, "_maxconnections")
+            wait_for_log(running, "_maxconnections")
             with running.policy() as last:
                 assert last.ask() == "OK"
-            assert not is_closed(pausing)
+            assert not pausing.is_closed()
             assert pausing.ask() == "OK"
 
 
-def test_changed_rules_are_read_when_descriptors_are_free_again(daemon: Start) -> None:
+def test_changed_rules_are_read_when_descriptors_are_free_again(daemon: StartDaemon) -> None:
     """That they could not be read when they changed must not make the daemon miss the change."""
     running = daemon(QUIET, {"default": {"period": 60, "msgquota": 1, "msg": "old"}})
     with running.policy() as policy:
@@ -303,9 +281,9 @@ def test_changed_rules_are_read_when_descriptors_are_free_again(daemon: Start) -
         used = max(int(name) for name in os.listdir(f"/proc/{running.pid}/fd")) + 1
         resource.prlimit(running.pid, resource.RLIMIT_NOFILE, (used, hard[1]))
         running.write_rules({"default": {"period": 60, "msgquota": 1, "msg": "new"}})
-        told(running, "rules not read")
+        wait_for_log(running, "rules not read")
         resource.prlimit(running.pid, resource.RLIMIT_NOFILE, hard)
-        told(running, "rules read again")
+        wait_for_log(running, "rules read again")
         assert policy.ask() == "REJECT new"
 
 
@@ -313,7 +291,7 @@ def test_changed_rules_are_read_when_descriptors_are_free_again(daemon: Start) -
 
 
 @pytest.mark.slow
-def test_a_megabyte_without_a_newline(daemon: Start) -> None:
+def test_a_megabyte_without_a_newline(daemon: StartDaemon) -> None:
     running = daemon(QUIET, MANY)
 
     def megabyte() -> None:
@@ -327,7 +305,7 @@ def test_a_megabyte_without_a_newline(daemon: Start) -> None:
 
 
 @pytest.mark.slow
-def test_the_longest_requests(daemon: Start) -> None:
+def test_the_longest_requests(daemon: StartDaemon) -> None:
     """As many attributes as are allowed, in as many bytes as are allowed, byte by byte or not."""
     running = daemon(QUIET, MANY)
     filled = b"".join(b"%03d=%s\n" % (n, b"x" * 250) for n in range(250))
@@ -343,13 +321,13 @@ def test_the_longest_requests(daemon: Start) -> None:
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_requests_in_one_connection(daemon: Start) -> None:
+def test_a_hundred_thousand_requests_in_one_connection(daemon: StartDaemon) -> None:
     """In one stream, from a stolen account: each is answered, ten with OK."""
     number = 100_000
     running = daemon({**QUIET, "_loglevel": "ERROR"}, MANY)
     calm: list[float] = []
     harmed: list[float] = []
-    block = Policy.block(sasl_username="thief@example.com")
+    block = PolicyClient.block(sasl_username="thief@example.com")
     with Others(tcp(running)) as others:
         before = Footprint.of(running)
         calm += others.ask(ASKED)
@@ -391,7 +369,9 @@ def syslog_at(path: str) -> Iterator[socket.socket]:
 
 
 @pytest.mark.slow
-def test_a_stuck_syslog_slows_nobody(daemon: Start, new_directory: Callable[[], Path]) -> None:
+def test_a_stuck_syslog_slows_nobody(
+    daemon: StartDaemon, new_directory: Callable[[], Path]
+) -> None:
     """Nor one that is gone."""
     path = str(new_directory() / "log")
     config = {"_loghandler": "syslog", "_logaddress": path, "_loglevel": "DEBUG"}
@@ -417,7 +397,9 @@ def test_a_stuck_syslog_slows_nobody(daemon: Start, new_directory: Callable[[], 
         assert p99(harmed) <= max(TIMES * p99(calm), FLOOR)
 
 
-def test_a_stuck_syslog_takes_no_memory(daemon: Start, new_directory: Callable[[], Path]) -> None:
+def test_a_stuck_syslog_takes_no_memory(
+    daemon: StartDaemon, new_directory: Callable[[], Path]
+) -> None:
     """However long the lines are that wait for it."""
     path = str(new_directory() / "log")
     config = {"_loghandler": "syslog", "_logaddress": path, "_loglevel": "INFO"}

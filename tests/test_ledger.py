@@ -4,130 +4,31 @@ import itertools
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import lone_charge
-from hypothesis import HealthCheck, given, settings
+from fleet import DAEMONS, MANY, NEVER, START, Fleet, StartFleet, fast_directory
+from helpers import DAY, lone_charge
+from hypothesis import given
 from hypothesis import strategies as st
+from servers.audit import SECOND
 
 import saslquota
-from saslquota import Conflict, Ledger, Row, SQLiteStore, StoreError, Unavailable, Window
-
-SECOND = 1_000_000
-DAY = 86_400
-START = 1_700_000_000 * SECOND
-NEVER = float("inf")
-
-RESET = """
-    INSERT INTO sends (account, seq, epoch, at, recipients, total, instance, token)
-    SELECT account, seq + 1, epoch + 1, MAX(at, ?), 0, 0, 'reset', 0 FROM sends
-    WHERE account = ? ORDER BY seq DESC LIMIT 1
-"""
+from saslquota import Conflict, Row, StoreError, Unavailable, Window
 
 
-class World:
-    """Real time, which all daemons' monotonic clocks follow."""
-
-    def __init__(self) -> None:
-        self.now = 0
-
-    def monotonic(self) -> float:
-        return self.now / SECOND
-
-
-class ClockedStore(SQLiteStore):
-    """A real SQLite store whose database clock, and whose luck, are the test's."""
-
-    def __init__(self, path: Path, world: World) -> None:
-        super().__init__(path, patience=0)
-        self._world = world
-        self.skew = 0
-        self.mishap = ""
-        self.frozen: list[Sequence[Row]] = []
-
-    def _run(self, sql: str, values: Sequence[int | str] = ()) -> list[object]:
-        return super()._run(sql.replace("synchronous = FULL", "synchronous = OFF"), values)
-
-    def now(self) -> int:
-        super().now()
-        return START + self._world.now + self.skew
-
-    def append(self, rows: Sequence[Row]) -> None:
-        mishap = self.mishap if rows else ""
-        self.mishap = "" if rows else self.mishap
-        if mishap == "frozen":  # the statement is carried out later, or never
-            self.frozen.append(rows)
-        elif mishap != "lost":
-            super().append(rows)
-        if mishap:
-            raise Unavailable(f"the test: {mishap}")
-
-    def thaw(self) -> None:
-        """What a frozen server had been told to write arrives now."""
-        while self.frozen:
-            with suppress(Conflict):
-                super().append(self.frozen.pop())
-
-    def reset(self, account: str) -> None:
-        self._run(RESET, (self.now(), account))
-
-
-class Bench:
-    """A ledger or several on one file."""
-
-    def __init__(self, directory: Path, daemons: int = 1) -> None:
-        self.world = World()
-        self.path = directory / "ledger.db"
-        self.stores = [ClockedStore(self.path, self.world) for _ in range(daemons)]
-        self.ledgers = [self.ledger(store) for store in self.stores]
-        self.instances = itertools.count(1)
-
-    def ledger(self, store: ClockedStore) -> Ledger:
-        ledger = Ledger(store, DAY, self.world.monotonic)
-        ledger.open()
-        return ledger
-
-    def send(self, account: str, windows: tuple[Window, ...], n: int = 1, daemon: int = 0) -> bool:
-        charge = lone_charge(account, n, f"i{next(self.instances)}", windows)
-        (verdict,) = self.ledgers[daemon].charge([charge], NEVER)
-        return verdict.accepted
-
-    def rows(self) -> list[Row]:
-        columns = saslquota.COLUMNS
-        found = self.stores[0]._run(f"SELECT {columns} FROM sends ORDER BY account, seq")
-        return [Row(*row) for row in found]  # type: ignore[misc]
-
-    def close(self) -> None:
-        for store in self.stores:
-            store.close()
-
-
-@pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
-    made: list[Bench] = []
-
-    def make(daemons: int = 1) -> Bench:
-        made.append(Bench(tmp_path, daemons))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
-
-
-def test_the_quota_lets_exactly_the_quota_through(bench: Callable[..., Bench]) -> None:
-    one = bench()
+def test_the_quota_lets_exactly_the_quota_through(fleet: StartFleet) -> None:
+    one = fleet()
     windows = (Window(300, 50),)
     assert [one.send("a", windows) for _ in range(52)] == [True] * 50 + [False] * 2
 
 
 def test_a_send_leaves_its_window_a_microsecond_after_the_period(
-    bench: Callable[..., Bench],
+    fleet: StartFleet,
 ) -> None:
-    one = bench()
+    one = fleet()
     windows = (Window(10, 1),)
     assert one.send("a", windows)
     one.world.now += 10 * SECOND
@@ -136,8 +37,8 @@ def test_a_send_leaves_its_window_a_microsecond_after_the_period(
     assert one.send("a", windows)
 
 
-def test_the_boundary_is_exact_after_a_restart_too(bench: Callable[..., Bench]) -> None:
-    one = bench()
+def test_the_boundary_is_exact_after_a_restart_too(fleet: StartFleet) -> None:
+    one = fleet()
     windows = (Window(10, 1),)
     assert one.send("a", windows)
     for later, accepted in ((10 * SECOND, False), (1, True)):
@@ -146,8 +47,8 @@ def test_the_boundary_is_exact_after_a_restart_too(bench: Callable[..., Bench]) 
         assert one.send("a", windows) is accepted
 
 
-def test_several_recipients_are_charged_or_refused_as_one(bench: Callable[..., Bench]) -> None:
-    one = bench()
+def test_several_recipients_are_charged_or_refused_as_one(fleet: StartFleet) -> None:
+    one = fleet()
     windows = (Window(60, 10),)
     assert one.send("a", windows, 7)
     assert not one.send("a", windows, 4)
@@ -157,17 +58,17 @@ def test_several_recipients_are_charged_or_refused_as_one(bench: Callable[..., B
 
 
 def test_all_windows_must_have_room_and_a_refusal_uses_nothing_up(
-    bench: Callable[..., Bench],
+    fleet: StartFleet,
 ) -> None:
-    one = bench()
+    one = fleet()
     windows = (Window(10, 2), Window(100, 3))
     assert [one.send("a", windows) for _ in range(3)] == [True, True, False]
     one.world.now += 11 * SECOND
     assert [one.send("a", windows) for _ in range(2)] == [True, False]
 
 
-def test_a_batch_is_decided_in_its_order(bench: Callable[..., Bench]) -> None:
-    one = bench()
+def test_a_batch_is_decided_in_its_order(fleet: StartFleet) -> None:
+    one = fleet()
     windows = (Window(60, 2),)
     batch = [lone_charge(name, 1, f"{n}", windows) for n, name in enumerate("abaabb")]
     verdicts = one.ledgers[0].charge(batch, NEVER)
@@ -177,9 +78,9 @@ def test_a_batch_is_decided_in_its_order(bench: Callable[..., Bench]) -> None:
 
 
 def test_memory_suffices_while_nobody_else_appends(
-    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+    fleet: StartFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = bench()
+    one = fleet()
     windows = (Window(3600, 1000),)
     one.send("a", windows)
     monkeypatch.setattr(one.stores[0], "newest", pytest.fail)
@@ -189,8 +90,8 @@ def test_memory_suffices_while_nobody_else_appends(
         assert one.send("a", windows)
 
 
-def test_a_refusal_is_read_again_after_a_second_at_the_latest(bench: Callable[..., Bench]) -> None:
-    one = bench()
+def test_a_refusal_is_read_again_after_a_second_at_the_latest(fleet: StartFleet) -> None:
+    one = fleet()
     windows = (Window(3600, 1),)
     assert one.send("a", windows)
     assert not one.send("a", windows)
@@ -200,8 +101,8 @@ def test_a_refusal_is_read_again_after_a_second_at_the_latest(bench: Callable[..
     assert one.send("a", windows)
 
 
-def test_a_reset_is_noticed_by_collision(bench: Callable[..., Bench]) -> None:
-    one = bench()
+def test_a_reset_is_noticed_by_collision(fleet: StartFleet) -> None:
+    one = fleet()
     windows = (Window(3600, 2),)
     assert one.send("a", windows)
     one.stores[0].reset("a")
@@ -210,9 +111,9 @@ def test_a_reset_is_noticed_by_collision(bench: Callable[..., Bench]) -> None:
 
 
 def test_sends_before_a_reset_count_no_more_also_when_some_have_left(
-    bench: Callable[..., Bench],
+    fleet: StartFleet,
 ) -> None:
-    one = bench()
+    one = fleet()
     windows = (Window(10, 5),)
     for wait in (0, 5 * SECOND):
         one.world.now += wait
@@ -224,8 +125,8 @@ def test_sends_before_a_reset_count_no_more_also_when_some_have_left(
     assert [one.send("a", windows) for _ in range(6)] == [True] * 5 + [False]
 
 
-def test_a_chain_goes_on_after_a_batch_was_given_up(bench: Callable[..., Bench]) -> None:
-    one = bench()
+def test_a_chain_goes_on_after_a_batch_was_given_up(fleet: StartFleet) -> None:
+    one = fleet()
     windows = (Window(10, 2),)
     assert one.send("a", windows)
     append = one.stores[0].append
@@ -243,15 +144,15 @@ def fail(_rows: Sequence[Row]) -> None:
     raise Unavailable("the test")
 
 
-def test_another_daemons_sends_are_noticed_by_collision(bench: Callable[..., Bench]) -> None:
-    two = bench(2)
+def test_another_daemons_sends_are_noticed_by_collision(fleet: StartFleet) -> None:
+    two = fleet(2)
     windows = (Window(3600, 5),)
     got = [two.send("a", windows, daemon=n % 2) for n in range(8)]
     assert got == [True] * 5 + [False] * 3
 
 
-def test_a_database_clock_that_goes_back_frees_nobody(bench: Callable[..., Bench]) -> None:
-    one = bench()
+def test_a_database_clock_that_goes_back_frees_nobody(fleet: StartFleet) -> None:
+    one = fleet()
     windows = (Window(100, 1),)
     assert one.send("a", windows)
     one.world.now += 2 * SECOND
@@ -262,19 +163,17 @@ def test_a_database_clock_that_goes_back_frees_nobody(bench: Callable[..., Bench
     assert one.rows()[0].at == START
 
 
-def test_a_changed_period_is_read_from_the_store(bench: Callable[..., Bench]) -> None:
-    one = bench()
+def test_a_changed_period_is_read_from_the_store(fleet: StartFleet) -> None:
+    one = fleet()
     assert all(one.send("a", (Window(10, 100),)) for _ in range(40))
     one.world.now += 11 * SECOND
     assert not one.send("a", (Window(60, 40),))
     assert one.send("a", (Window(60, 41),))
 
 
-def test_the_memory_is_bounded(
-    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_memory_is_bounded(fleet: StartFleet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saslquota, "CACHED_ACCOUNTS", 10)
-    one = bench()
+    one = fleet()
     windows = (Window(3600, 2),)
     for _ in range(2):
         assert all(one.send(f"user{n}", windows) for n in range(30))
@@ -283,20 +182,18 @@ def test_the_memory_is_bounded(
 
 
 def test_a_send_from_the_future_is_an_error_in_the_log(
-    bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    fleet: StartFleet, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(saslquota.log, "propagate", True)
-    one = bench(2)
+    one = fleet(2)
     one.stores[1].skew = 90 * SECOND
     assert one.send("a", (Window(10, 5),), daemon=1)
     assert one.send("a", (Window(10, 5),), daemon=0)
     assert "account a: a send is dated 90 s ahead of the clock" in caplog.text
 
 
-def test_the_deadline_ends_the_attempts(
-    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one = bench()
+def test_the_deadline_ends_the_attempts(fleet: StartFleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = fleet()
 
     def collide(_rows: Sequence[Row]) -> None:
         one.world.now += SECOND
@@ -309,10 +206,8 @@ def test_the_deadline_ends_the_attempts(
 
 
 @pytest.mark.parametrize("mishap", ["lost", "done", "frozen"])
-def test_an_unknown_outcome_leaves_exactly_one_row(
-    bench: Callable[..., Bench], mishap: str
-) -> None:
-    one = bench()
+def test_an_unknown_outcome_leaves_exactly_one_row(fleet: StartFleet, mishap: str) -> None:
+    one = fleet()
     windows = (Window(10, 5),)
     assert one.send("a", windows)
     one.stores[0].mishap = mishap
@@ -322,8 +217,8 @@ def test_an_unknown_outcome_leaves_exactly_one_row(
     assert [row.instance for row in one.rows()] == ["i1", "i2", "i3"]
 
 
-def test_an_insert_that_wakes_after_the_look_is_not_repeated(bench: Callable[..., Bench]) -> None:
-    one = bench()
+def test_an_insert_that_wakes_after_the_look_is_not_repeated(fleet: StartFleet) -> None:
+    one = fleet()
     store = one.stores[0]
     look = store.tokens
 
@@ -338,8 +233,8 @@ def test_an_insert_that_wakes_after_the_look_is_not_repeated(bench: Callable[...
     assert [row.instance for row in one.rows()] == ["i1"]
 
 
-def test_rows_that_another_daemon_kept_out_are_decided_again(bench: Callable[..., Bench]) -> None:
-    two = bench(2)
+def test_rows_that_another_daemon_kept_out_are_decided_again(fleet: StartFleet) -> None:
+    two = fleet(2)
     windows = (Window(10, 3),)
     assert two.send("a", windows)
     first = two.stores[0]
@@ -374,7 +269,6 @@ STEPS = st.one_of(
     st.tuples(st.just("purge"), st.none()),
     st.tuples(st.just("mishap"), st.sampled_from(["lost", "done"])),
 )
-MANY = settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 class Model:
@@ -405,7 +299,7 @@ class Model:
 @given(st.lists(STEPS, min_size=5, max_size=50))
 def test_one_daemon_equals_the_model_at_every_step(steps: list[tuple[str, object]]) -> None:
     with tempfile.TemporaryDirectory(dir=fast_directory()) as directory:
-        one, model = Bench(Path(directory)), Model()
+        one, model = Fleet(Path(directory)), Model()
         now = 0
         for what, value in steps:
             store = one.stores[0]
@@ -437,7 +331,6 @@ def test_one_daemon_equals_the_model_at_every_step(steps: list[tuple[str, object
         one.close()
 
 
-DAEMONS = 3
 SKEWED_STEPS = st.one_of(
     st.tuples(
         st.just("send"),
@@ -462,35 +355,35 @@ def test_several_daemons_never_let_more_through_than_the_quota(
     steps: list[tuple[str, int, object]],
 ) -> None:
     with tempfile.TemporaryDirectory(dir=fast_directory()) as directory:
-        bench = Bench(Path(directory), DAEMONS)
+        fleet = Fleet(Path(directory), DAEMONS)
         accepted: list[str] = []
         for what, daemon, value in steps:
-            store = bench.stores[daemon]
+            store = fleet.stores[daemon]
             if what == "send":
                 assert isinstance(value, list)
-                batch = [lone_charge(a, n, f"i{next(bench.instances)}", QUOTA) for a, n in value]
+                batch = [lone_charge(a, n, f"i{next(fleet.instances)}", QUOTA) for a, n in value]
                 with suppress(StoreError):
-                    verdicts = bench.ledgers[daemon].charge(batch, NEVER)
+                    verdicts = fleet.ledgers[daemon].charge(batch, NEVER)
                     pairs = zip(batch, verdicts, strict=True)
                     accepted += [charge.instance for charge, v in pairs if v.accepted]
             elif what == "wait":
                 assert isinstance(value, int)
-                bench.world.now += value
+                fleet.world.now += value
             elif what == "skew":
                 assert isinstance(value, int)
                 store.skew = value * SECOND
             elif what == "reset":
                 store.reset(str(value))
             elif what == "restart":
-                bench.ledgers[daemon] = bench.ledger(store)
+                fleet.ledgers[daemon] = fleet.ledger(store)
             elif what == "mishap":
                 store.mishap = str(value)
             else:
                 store.thaw()
-        for store in bench.stores:
+        for store in fleet.stores:
             store.thaw()
-        rows = bench.rows()
-        bench.close()
+        rows = fleet.rows()
+        fleet.close()
     instances = [row.instance for row in rows]
     assert all(instances.count(instance) == 1 for instance in accepted)
     assert len({(row.account, row.seq) for row in rows}) == len(rows)
@@ -514,10 +407,8 @@ def never_over_quota(rows: list[Row]) -> None:
 
 @pytest.mark.parametrize("restart", [0.0, 0.005, 0.05])
 @pytest.mark.parametrize("quota", [100, 1000])
-def test_windows_of_many_sends_slide_exactly(
-    bench: Callable[..., Bench], restart: float, quota: int
-) -> None:
-    one = bench()
+def test_windows_of_many_sends_slide_exactly(fleet: StartFleet, restart: float, quota: int) -> None:
+    one = fleet()
     luck = random.Random(7)
     windows = (Window(1, quota),)
     sends: list[tuple[int, int]] = []
@@ -536,11 +427,9 @@ def test_windows_of_many_sends_slide_exactly(
 
 @pytest.mark.parametrize("purged", [0, 1234, 9_990])
 @pytest.mark.parametrize("reset", [0, 1, 4321])
-def test_a_window_that_begins_deep_in_a_chain(
-    bench: Callable[..., Bench], purged: int, reset: int
-) -> None:
+def test_a_window_that_begins_deep_in_a_chain(fleet: StartFleet, purged: int, reset: int) -> None:
     """Wherever it begins, a new ledger finds the same as an addition of all sends."""
-    one, luck = bench(), random.Random(purged + reset)
+    one, luck = fleet(), random.Random(purged + reset)
     rows, at, total = list[Row](), START, 0
     for seq in range(1, 10_001):
         at += luck.choice((0, 0, 1, 50)) * 1000
@@ -570,8 +459,8 @@ def test_a_window_that_begins_deep_in_a_chain(
 
 
 @pytest.mark.parametrize("inside", [7, 8, 9, 40, 64])
-def test_chains_of_any_length_behind_a_window(bench: Callable[..., Bench], inside: int) -> None:
-    one = bench()
+def test_chains_of_any_length_behind_a_window(fleet: StartFleet, inside: int) -> None:
+    one = fleet()
     old, young = START, START + DAY * SECOND
     one.world.now = DAY * SECOND + SECOND
     for length in range(inside, inside + 150):
@@ -584,8 +473,8 @@ def test_chains_of_any_length_behind_a_window(bench: Callable[..., Bench], insid
         assert (verdict.accepted, verdict.used) == (False, inside), f"of {length}"
 
 
-def test_heads_in_the_future_with_many_sends_behind_them(bench: Callable[..., Bench]) -> None:
-    one = bench()
+def test_heads_in_the_future_with_many_sends_behind_them(fleet: StartFleet) -> None:
+    one = fleet()
     windows = (Window(1000, 200),)
     for _ in range(200):
         one.world.now += 10 * SECOND
@@ -595,8 +484,8 @@ def test_heads_in_the_future_with_many_sends_behind_them(bench: Callable[..., Be
     assert [one.send("a", windows) for _ in range(101)] == [True] * 99 + [False] * 2
 
 
-def test_a_purge_changes_no_decision(bench: Callable[..., Bench]) -> None:
-    one, model = bench(), Model()
+def test_a_purge_changes_no_decision(fleet: StartFleet) -> None:
+    one, model = fleet(), Model()
     luck = random.Random(7)
     windows = (Window(3600, 12),)
     for _ in range(1500):
@@ -613,10 +502,10 @@ def test_a_purge_changes_no_decision(bench: Callable[..., Bench]) -> None:
 
 
 def test_a_purge_keeps_the_newest_row_of_each_account(
-    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+    fleet: StartFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(saslquota, "PURGE_ROWS", 3)
-    one = bench()
+    one = fleet()
     windows = (Window(3600, 100),)
     for name in "abcdefgh":
         assert all(one.send(name, windows) for _ in range(4))
@@ -626,11 +515,6 @@ def test_a_purge_keeps_the_newest_row_of_each_account(
     assert [(row.account, row.seq) for row in one.rows()] == [(name, 4) for name in "abcdefgh"]
     assert one.send("a", windows)
     assert one.rows()[1].seq == 5
-
-
-def fast_directory() -> str | None:
-    """Memory, where there is some: these tests make thousands of databases."""
-    return "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
 def test_the_real_clock_carries_the_time_on() -> None:

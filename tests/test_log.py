@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import LOOPBACK, Daemon, Policy, wait_for
+from helpers import StartDaemon
+from servers.daemon import Daemon, PolicyClient
+from servers.ports import LOOPBACK
+from servers.process import wait_for_log
 
 from saslquota import Config, log_handler, printable
 
-Start = Callable[..., Daemon]
 MAIL = 2 << 3  # syslog's facility
 LOCAL3 = 19 << 3
 DEBUG, INFO, WARNING = 7, 6, 4  # syslog's severities
@@ -39,14 +41,9 @@ class Syslog:
             self.lines.append(self._socket.recv(1 << 20).decode("utf-8"))
         return self.lines
 
-    def wait_for(self, text: str, times: int = 1) -> list[str]:
-        """Read until a text has come so many times."""
-
-        def come() -> bool:
-            return sum(text in line for line in self.read()) >= times
-
-        wait_for(come, 20, f"the log tells {times} times: {text}")
-        return self.lines
+    def log(self) -> str:
+        """Return all that has come."""
+        return "\n".join(self.read())
 
     def drain(self) -> None:
         """Read until nothing more comes."""
@@ -83,10 +80,14 @@ def to_socket(path: Path, **more: object) -> dict[str, object]:
     return {"_loghandler": "syslog", "_logaddress": str(path), **more}
 
 
-def texts(lines: list[str], daemon: Daemon, facility: int = MAIL) -> list[tuple[int, str]]:
-    """Severity and text of each line, that must have our tag."""
+def texts(
+    syslog: Syslog, daemon: Daemon, until: str = "", times: int = 1, facility: int = MAIL
+) -> list[tuple[int, str]]:
+    """Severity and text of each line, once so many match; all must have our tag."""
+    if until:
+        wait_for_log(syslog, until, times)
     found = []
-    for line in lines:
+    for line in syslog.read():
         shape = re.fullmatch(rf"<(\d+)>postfix/saslquota\[{daemon.pid}\]:(.*)", line)
         assert shape, line
         found.append((int(shape[1]) - facility, shape[2]))
@@ -123,7 +124,7 @@ RULES = {
 
 def assert_six_lines(lines: list[tuple[int, str]]) -> None:
     """As in the README of the owner, whose example is the fourth send."""
-    size = len(Policy.block(**OWNERS))
+    size = len(PolicyClient.block(**OWNERS))
     assert lines[:-1] == [
         (DEBUG, "[1] thread started"),
         (DEBUG, f"[1] end of recv: ({size})"),
@@ -139,29 +140,29 @@ def assert_six_lines(lines: list[tuple[int, str]]) -> None:
     assert re.fullmatch(r"\[1\] thread stopped : \(\d+\.\d{4}\)", lines[-1][1])
 
 
-def test_six_lines_to_a_socket(daemon: Start, syslog: Syslog, path: Path) -> None:
+def test_six_lines_to_a_socket(daemon: StartDaemon, syslog: Syslog, path: Path) -> None:
     running = daemon(to_socket(path), RULES)
     assert ask(running, OWNERS) == ["OK"]
-    lines = texts(syslog.wait_for("thread stopped"), running)
+    lines = texts(syslog, running, "thread stopped")
     assert_six_lines(of_connections(lines))
 
 
 @pytest.mark.parametrize(("facility", "number"), [("mail", MAIL), ("local3", LOCAL3)])
 def test_six_lines_over_udp(
-    daemon: Start, open_syslog: Callable[..., Syslog], facility: str, number: int
+    daemon: StartDaemon, open_syslog: Callable[..., Syslog], facility: str, number: int
 ) -> None:
     syslog = open_syslog(socket.AF_INET, (LOOPBACK, 0))
     config = {"_loghandler": "syslog", "_logaddress": LOOPBACK, "_logport": syslog.port}
     running = daemon({**config, "_logfacility": facility}, RULES)
     assert ask(running, OWNERS) == ["OK"]
-    lines = texts(syslog.wait_for("thread stopped"), running, number)
+    lines = texts(syslog, running, "thread stopped", facility=number)
     assert_six_lines(of_connections(lines))
 
 
-def test_six_lines_to_stdout(daemon: Start) -> None:
+def test_six_lines_to_stdout(daemon: StartDaemon) -> None:
     running = daemon(rules=RULES)
     assert ask(running, OWNERS) == ["OK"]
-    wait_for(lambda: "thread stopped" in running.log(), 5, "the last line is written")
+    wait_for_log(running, "thread stopped")
     tag = rf"\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d,\d{{3}} postfix/saslquota\[{running.pid}\]:(.*)"
     lines = re.findall(f"^{tag}$", running.log(), re.MULTILINE)
     found = of_connections([(DEBUG, line) for line in lines])
@@ -169,10 +170,10 @@ def test_six_lines_to_stdout(daemon: Start) -> None:
     assert_six_lines(found)
 
 
-def test_the_quota_counts_up(daemon: Start, syslog: Syslog, path: Path) -> None:
+def test_the_quota_counts_up(daemon: StartDaemon, syslog: Syslog, path: Path) -> None:
     running = daemon(to_socket(path, _loglevel="INFO"), RULES)
     assert ask(running, *[OWNERS] * 4) == ["OK"] * 4
-    lines = of_connections(texts(syslog.wait_for("action=", 4), running))
+    lines = of_connections(texts(syslog, running, "action=", 4))
     assert [re.findall(r"quota .*?%\)", text) for _, text in lines] == [
         ["quota 1/1500 (0.07%)"],
         ["quota 2/1500 (0.13%)"],
@@ -181,11 +182,11 @@ def test_the_quota_counts_up(daemon: Start, syslog: Syslog, path: Path) -> None:
     ]
 
 
-def test_the_lines_of_a_refusal(daemon: Start, syslog: Syslog, path: Path) -> None:
+def test_the_lines_of_a_refusal(daemon: StartDaemon, syslog: Syslog, path: Path) -> None:
     running = daemon(to_socket(path), RULES)
     request = {**OWNERS, "sasl_username": "A@One.br"}
     assert ask(running, request, request) == ["OK", "REJECT Você já mandou 1"]
-    lines = of_connections(texts(syslog.wait_for("thread stopped"), running))
+    lines = of_connections(texts(syslog, running, "thread stopped"))
     assert [severity for severity, _ in lines] == [DEBUG] * 4 + [INFO] + [DEBUG] * 3 + [
         WARNING,
         DEBUG,
@@ -197,14 +198,14 @@ def test_the_lines_of_a_refusal(daemon: Start, syslog: Syslog, path: Path) -> No
     )
 
 
-def test_what_is_not_enforced_is_a_warning(daemon: Start, syslog: Syslog, path: Path) -> None:
+def test_what_is_not_enforced_is_a_warning(daemon: StartDaemon, syslog: Syslog, path: Path) -> None:
     """And a refusal for now is one, too."""
     trial = {"period": 60, "msgquota": 0, "msg": "no", "enforce": False}
     rules = {"default": trial, "one.br": {"action": "DEFER", "enforce": True}}
     running = daemon(to_socket(path, _loglevel="INFO"), rules)
     deferred = {**OWNERS, "sasl_username": "a@one.br"}
     assert ask(running, OWNERS, deferred) == ["OK", "DEFER no"]
-    (first, second) = of_connections(texts(syslog.wait_for("action=", 2), running))
+    (first, second) = of_connections(texts(syslog, running, "action=", 2))
     counted = "rcpt=gabine@y.br, rule={}, quota {}/0 (100.00%), period=60, action={}{}, msg=no"
     assert first == (
         WARNING,
@@ -218,16 +219,16 @@ def test_what_is_not_enforced_is_a_warning(daemon: Start, syslog: Syslog, path: 
 
 
 def test_the_thread_count_is_that_of_open_connections(
-    daemon: Start, syslog: Syslog, path: Path
+    daemon: StartDaemon, syslog: Syslog, path: Path
 ) -> None:
     running = daemon(to_socket(path), RULES)
     with running.policy() as policy:
         assert policy.ask() == "OK"
-        syslog.wait_for("thread count")  # which is told after the reply
+        wait_for_log(syslog, "thread count")  # which is told after the reply
         ask(running, OWNERS)
-        syslog.wait_for("[2] thread stopped")
+        wait_for_log(syslog, r"\[2\] thread stopped")
         assert policy.ask() == "OK"
-        lines = texts(syslog.wait_for("thread count", 3), running)
+        lines = texts(syslog, running, "thread count", 3)
     counts = [text for _, text in lines if "thread count" in text]
     assert counts == ["thread count: 2", "thread count: 3", "thread count: 2"]
 
@@ -237,7 +238,7 @@ def test_the_thread_count_is_that_of_open_connections(
     [("INFO", [INFO, WARNING, WARNING]), ("WARNING", [WARNING, WARNING]), ("ERROR", [])],
 )
 def test_the_threshold(
-    daemon: Start, syslog: Syslog, path: Path, level: str, severities: list[int]
+    daemon: StartDaemon, syslog: Syslog, path: Path, level: str, severities: list[int]
 ) -> None:
     """Accepted, refused, and then malformed."""
     running = daemon(to_socket(path, _loglevel=level), RULES)
@@ -247,35 +248,35 @@ def test_the_threshold(
         policy.send(b"junk\n\n")
         assert policy.at_end()
     assert running.terminate() == 0
-    assert [n for n, _ in of_connections(texts(syslog.read(), running))] == severities
+    assert [n for n, _ in of_connections(texts(syslog, running))] == severities
 
 
-def test_without_a_login(daemon: Start, syslog: Syslog, path: Path) -> None:
+def test_without_a_login(daemon: StartDaemon, syslog: Syslog, path: Path) -> None:
     """fail2ban needs the address."""
     running = daemon(to_socket(path, _loglevel="INFO"), RULES)
     assert ask(running, {**OWNERS, "sasl_username": ""}) == ["REJECT authentication required"]
-    ((severity, text),) = of_connections(texts(syslog.wait_for("action="), running))
+    ((severity, text),) = of_connections(texts(syslog, running, "action="))
     assert severity == WARNING
     assert "sasl_username=, rcpt=gabine@y.br, " in text
     assert "action=REJECT" in text
     assert ", client_address=192.0.2.1" in text
 
 
-def test_nothing_counted_is_told_once(daemon: Start, syslog: Syslog, path: Path) -> None:
+def test_nothing_counted_is_told_once(daemon: StartDaemon, syslog: Syslog, path: Path) -> None:
     running = daemon(to_socket(path, _loglevel="INFO"), RULES)
     request = {**OWNERS, "protocol_state": "CONNECT", "sasl_username": ""}
     assert ask(running, *[request] * 3) == ["DUNNO"] * 3
     assert running.terminate() == 0
-    lines = [line for line in texts(syslog.read(), running) if "nothing is counted" in line[1]]
+    lines = [line for line in texts(syslog, running) if "nothing is counted" in line[1]]
     assert lines == [(WARNING, "nothing is counted: asked at CONNECT; see smtpd_delay_reject")]
 
 
 def test_the_terminal_gets_the_start_up_lines_only(
-    daemon: Start, syslog: Syslog, path: Path
+    daemon: StartDaemon, syslog: Syslog, path: Path
 ) -> None:
     running = daemon(to_socket(path), RULES)
     assert ask(running, OWNERS) == ["OK"]
-    syslog.wait_for("thread stopped")
+    wait_for_log(syslog, "thread stopped")
     listening, counting, rules = running.log().splitlines()
     assert f"listening on 127.0.0.1:{running.port}" in listening
     assert f"counting in SQLite {running.directory}/saslquota.db" in counting
@@ -311,13 +312,13 @@ def nasty_request(value: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("value", "shown"), NASTY)
 def test_a_value_never_breaks_a_line(
-    daemon: Start, syslog: Syslog, path: Path, value: str, shown: str
+    daemon: StartDaemon, syslog: Syslog, path: Path, value: str, shown: str
 ) -> None:
     running = daemon(to_socket(path), RULES)
     request = nasty_request(value)
     asked = [request, {**request, "sasl_username": ""}, {**OWNERS, "protocol_state": value}]
     assert ask(running, *asked) == ["OK", "REJECT authentication required", "DUNNO"]
-    lines = [text for _, text in texts(syslog.wait_for("thread stopped"), running)]
+    lines = [text for _, text in texts(syslog, running, "thread stopped")]
     assert all(is_one_line(line) for line in lines)
     (accepted,) = [line for line in lines if "ACCEPT" in line]
     for name in ("sasl_username", "rcpt", "sender", "client_address", "instance"):
@@ -325,7 +326,7 @@ def test_a_value_never_breaks_a_line(
     assert f"nothing is counted: asked at {shown}" in "\n".join(lines)
 
 
-def test_an_account_never_breaks_a_line(daemon: Start, syslog: Syslog, path: Path) -> None:
+def test_an_account_never_breaks_a_line(daemon: StartDaemon, syslog: Syslog, path: Path) -> None:
     """It was a value from the network once, and comes back from the store."""
     running = daemon(to_socket(path), RULES)
     ahead = (int(time.time()) + 3600) * 1_000_000
@@ -335,29 +336,31 @@ def test_an_account_never_breaks_a_line(daemon: Start, syslog: Syslog, path: Pat
         connection.execute("INSERT INTO sends VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
         connection.commit()
     assert ask(running, {**OWNERS, "sasl_username": "a\rb\u2028@x.br"}) == ["OK"]
-    lines = [text for _, text in texts(syslog.wait_for("thread stopped", 2), running)]
+    lines = [text for _, text in texts(syslog, running, "thread stopped", 2)]
     assert all(is_one_line(line) for line in lines)
     (error,) = [line for line in lines if "ahead of the clock" in line]
     assert r"a\rb\u2028@x.br" in error
 
 
-def test_a_long_value_is_logged(daemon: Start, syslog: Syslog, path: Path) -> None:
+def test_a_long_value_is_logged(daemon: StartDaemon, syslog: Syslog, path: Path) -> None:
     """It may be the only trace of what was refused."""
     running = daemon(to_socket(path, _loglevel="INFO"), RULES)
     request = {**OWNERS, "sasl_username": "", "recipient": "\x01" * 60_000}
     assert ask(running, request, OWNERS) == ["REJECT authentication required", "OK"]
-    lines = of_connections(texts(syslog.wait_for("action=ACCEPT"), running))
+    lines = of_connections(texts(syslog, running, "action=ACCEPT"))
     assert [severity for severity, _ in lines] == [WARNING, INFO]
 
 
-def test_a_long_value_is_logged_over_udp(daemon: Start, open_syslog: Callable[..., Syslog]) -> None:
+def test_a_long_value_is_logged_over_udp(
+    daemon: StartDaemon, open_syslog: Callable[..., Syslog]
+) -> None:
     """A datagram takes 64 KiB at the most."""
     syslog = open_syslog(socket.AF_INET, (LOOPBACK, 0))
     config = {"_loghandler": "syslog", "_logaddress": LOOPBACK, "_logport": syslog.port}
     running = daemon({**config, "_loglevel": "INFO"}, RULES)
     request = {**OWNERS, "sasl_username": "", "recipient": "\x01" * 60_000}
     assert ask(running, request, OWNERS) == ["REJECT authentication required", "OK"]
-    lines = of_connections(texts(syslog.wait_for("action=ACCEPT"), running))
+    lines = of_connections(texts(syslog, running, "action=ACCEPT"))
     assert [severity for severity, _ in lines] == [WARNING, INFO]
 
 
@@ -367,7 +370,7 @@ def test_a_long_value_is_logged_over_udp(daemon: Start, open_syslog: Callable[..
 def flood(daemon: Daemon, number: int) -> float:
     """Ask so many requests on one connection; return the slowest reply's seconds."""
     slowest = 0.0
-    block = Policy.block(protocol_state="VRFY")  # costs nothing, and four lines
+    block = PolicyClient.block(protocol_state="VRFY")  # costs nothing, and four lines
     with daemon.policy() as policy:
         for _ in range(number // 100):
             start = time.monotonic()
@@ -382,19 +385,21 @@ def lost(lines: list[tuple[int, str]]) -> int:
     return sum(int(count[1]) for count in counts if count)
 
 
-def test_a_log_that_nobody_reads(daemon: Start, syslog: Syslog, path: Path) -> None:
+def test_a_log_that_nobody_reads(daemon: StartDaemon, syslog: Syslog, path: Path) -> None:
     running = daemon(to_socket(path), RULES)
     asked = 6000
     assert flood(running, asked) < 5
     syslog.drain()
     ask(running, OWNERS)
-    lines = texts(syslog.wait_for("action=ACCEPT"), running)
+    lines = texts(syslog, running, "action=ACCEPT")
     assert lost(lines) > 0
     # Three lines for each request; a few for the connections and the start.
     assert asked * 3 <= len(lines) + lost(lines) <= asked * 3 + 20
 
 
-def test_a_log_that_nobody_reads_holds_up_no_end(daemon: Start, syslog: Syslog, path: Path) -> None:
+def test_a_log_that_nobody_reads_holds_up_no_end(
+    daemon: StartDaemon, syslog: Syslog, path: Path
+) -> None:
     running = daemon(to_socket(path), RULES)
     flood(running, 1000)
     start = time.monotonic()
@@ -404,7 +409,7 @@ def test_a_log_that_nobody_reads_holds_up_no_end(daemon: Start, syslog: Syslog, 
 
 
 def test_a_log_that_comes_back(
-    daemon: Start, open_syslog: Callable[..., Syslog], path: Path
+    daemon: StartDaemon, open_syslog: Callable[..., Syslog], path: Path
 ) -> None:
     """As a syslog daemon does that is restarted, or that starts after us."""
     running = daemon(to_socket(path), RULES)
@@ -412,13 +417,13 @@ def test_a_log_that_comes_back(
     for _ in range(2):
         syslog = open_syslog(socket.AF_UNIX, str(path))
         assert ask(running, OWNERS) == ["OK"]
-        syslog.wait_for("thread stopped")
+        wait_for_log(syslog, "thread stopped")
         syslog.close()
         path.unlink()
         assert ask(running, OWNERS) == ["OK"]
 
 
-def test_nobody_listens_over_udp(daemon: Start, open_syslog: Callable[..., Syslog]) -> None:
+def test_nobody_listens_over_udp(daemon: StartDaemon, open_syslog: Callable[..., Syslog]) -> None:
     gone = open_syslog(socket.AF_INET, (LOOPBACK, 0))
     gone.close()
     config = {"_loghandler": "syslog", "_logaddress": LOOPBACK, "_logport": gone.port}

@@ -13,16 +13,13 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from servers import ROOT, Daemon, Database, clean_environment, copy_shipped, free_port
+from helpers import SENTENCE, StartDaemon, example_files
+from servers.daemon import copy_shipped
+from servers.mariadb import Database
+from servers.ports import free_port
+from servers.process import ROOT, clean_environment
 
 import saslquota
-
-Start = Callable[..., Daemon]
-HERE = Path(__file__).resolve().parent
-SENTENCE = (
-    "Ops!!! Você já mandou o limite de {} emails no intervalo de {} segundos,"
-    " tente novamente mais tarde"
-)
 
 
 def saslquota_py(*arguments: str | Path, **environ: object) -> tuple[int, list[str]]:
@@ -132,7 +129,7 @@ def sends(directory: Path) -> list[object]:
         return connection.execute("SELECT * FROM sends").fetchall()
 
 
-def test_check_while_a_daemon_counts(daemon: Start) -> None:
+def test_check_while_a_daemon_counts(daemon: StartDaemon) -> None:
     running = daemon()
     with running.policy() as policy:
         assert policy.ask() == "OK"
@@ -144,7 +141,7 @@ def test_check_while_a_daemon_counts(daemon: Start) -> None:
     assert len(sends(running.directory)) == 2
 
 
-def test_check_after_a_clean_end(daemon: Start) -> None:
+def test_check_after_a_clean_end(daemon: StartDaemon) -> None:
     running = daemon()
     with running.policy() as policy:
         assert policy.ask() == "OK"
@@ -158,7 +155,7 @@ def test_check_after_a_clean_end(daemon: Start) -> None:
     assert len(sends(running.directory)) == 1
 
 
-def test_check_after_a_power_failure(daemon: Start) -> None:
+def test_check_after_a_power_failure(daemon: StartDaemon) -> None:
     """The sends are in the -wal file still."""
     running = daemon()
     with running.policy() as policy:
@@ -283,9 +280,7 @@ def own_signals() -> Iterator[None]:
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-@pytest.mark.parametrize(
-    "path", sorted(HERE.glob("config/invalid/*.json")), ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", example_files("config/invalid"), ids=lambda path: path.stem)
 def test_a_bad_configuration_is_one_line(capsys: pytest.CaptureFixture[str], path: Path) -> None:
     expected = path.with_suffix(".txt").read_text("utf-8")
     assert saslquota.main(["-c", str(path), "--check"]) == 1
@@ -305,9 +300,7 @@ def test_a_bad_environment(shipped: Path) -> None:
 
 
 @pytest.mark.usefixtures("own_signals")
-@pytest.mark.parametrize(
-    "path", sorted(HERE.glob("rules/invalid/*.json")), ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", example_files("rules/invalid"), ids=lambda path: path.stem)
 def test_bad_rules_at_the_start_are_one_line(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, path: Path
 ) -> None:

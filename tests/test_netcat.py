@@ -2,24 +2,21 @@
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import require
-from servers import LOOPBACK, ROOT, Daemon, run
+from helpers import SENTENCE, StartDaemon, require
+from servers.ports import LOOPBACK
+from servers.process import ROOT, run
 
-REFUSAL = (
-    "action=REJECT Ops!!! Você já mandou o limite de 50 emails no intervalo de 300 segundos, "
-    "tente novamente mais tarde\n\n"
-)
+REFUSAL = f"action=REJECT {SENTENCE.format(50, 300)}\n\n"
 TESTFILE = ROOT / "Testfile"
 
 netcats = pytest.mark.parametrize("netcat", ["nc.openbsd", "nc.traditional"])
 
 
 @pytest.fixture
-def port(daemon: Callable[..., Daemon]) -> int:
+def port(daemon: StartDaemon) -> int:
     """The port of a daemon with the shipped rules."""
     rules = json.loads((ROOT / "quotarules.json").read_text("utf-8"))
     return daemon(rules=rules).port

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import check
+from helpers import check
 
 from saslquota import (
     Answer,

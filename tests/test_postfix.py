@@ -1,80 +1,27 @@
 """End to end: a real SMTP client, Debian's Postfix with its stock entries, and real MariaDB."""
 
+import re
 import smtplib
 import subprocess
 import time
-from collections.abc import Callable, Iterator
 
 import pytest
-from conftest import require
-from servers import (
-    LOOPBACK,
-    Daemon,
-    Database,
-    MariaDB,
+from helpers import TEXT, StartDaemon, StartPostfix, quota, require
+from servers.mariadb import Database, MariaDB
+from servers.ports import LOOPBACK
+from servers.postfix import (
+    ALICE,
     Postfix,
     any_certificate,
-    wait_for,
+    is_accepted,
+    recipients,
+    refusal,
+    send,
+    service,
 )
+from servers.process import wait_for, wait_for_log
 
-ALICE = "alice@example.com"
-MESSAGE = "Subject: test\n\nA message.\n"
-TEXT = "Ops!!! Você já mandou o limite"
 GENEROUS = {"default": {"period": 3600, "msgquota": 1000, "msg": TEXT}}
-
-StartDaemon = Callable[..., Daemon]
-StartPostfix = Callable[..., Postfix]
-
-
-def quota(msgquota: int, period: int = 3600) -> dict[str, object]:
-    """Return quotarules.json with one rule."""
-    return {"default": {"period": period, "msgquota": msgquota, "msg": f" {TEXT} "}}
-
-
-def service(daemon: Daemon) -> str:
-    """Return what README.md writes into main.cf."""
-    return f"check_policy_service inet:{LOOPBACK}:{daemon.port}"
-
-
-def recipients(number: int) -> list[str]:
-    """Return so many addresses."""
-    return [f"r{i}@example.net" for i in range(number)]
-
-
-def send(session: smtplib.SMTP, to: list[str] | None = None) -> None:
-    """Send one message; raises smtplib's errors."""
-    session.sendmail(ALICE, to or recipients(1), MESSAGE)
-
-
-def refusal(session: smtplib.SMTP) -> tuple[int, str]:
-    """Send one message that the only recipient is refused for; return code and text."""
-    with pytest.raises(smtplib.SMTPRecipientsRefused) as refused:
-        send(session)
-    ((code, text),) = refused.value.recipients.values()
-    return code, text.decode("utf-8")
-
-
-def is_accepted(session: smtplib.SMTP) -> bool:
-    """Try to send one message."""
-    try:
-        send(session)
-    except smtplib.SMTPRecipientsRefused:
-        return False
-    return True
-
-
-@pytest.fixture
-def no_warning(postfix: StartPostfix) -> Iterator[StartPostfix]:
-    """Start Postfix instances whose logs may not show any trouble at the end."""
-    started: list[Postfix] = []
-
-    def start(*arguments: object, **options: object) -> Postfix:
-        started.append(postfix(*arguments, **options))
-        return started[-1]
-
-    yield start
-    for instance in started:
-        assert not instance.warnings(), instance.log()
 
 
 def test_readme_step_hooks_both_stock_entries(postfix: StartPostfix) -> None:
@@ -102,7 +49,7 @@ def test_over_quota_is_refused_until_the_window_has_passed(
         assert time.monotonic() - begin >= 4
         assert database.count(ALICE) == 4
     line = f"sasl_username={ALICE}, rcpt=r0@example.net, rule=default, quota 3/3 (100.00%), "
-    wait_for(lambda: f"{line}period=4, action=ACCEPT" in started.log(), 5, "the log's line")
+    wait_for_log(started, re.escape(f"{line}period=4, action=ACCEPT"))
     assert f"{line}period=4, action=REJECT" in started.log()
 
 
@@ -165,7 +112,7 @@ def test_undelayed_reject_locks_nobody_out(
         send(session)
         send(session)
     assert database.count(ALICE) == 0
-    wait_for(lambda: "nothing is counted" in started.log(), 5, "the warning")
+    wait_for_log(started, "nothing is counted")
     assert started.log().count("nothing is counted") == 1
 
 

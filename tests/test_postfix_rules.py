@@ -7,20 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from servers import Daemon, Postfix, wait_for
-from test_postfix import (
-    ALICE,
-    StartDaemon,
-    StartPostfix,
-    is_accepted,
-    no_warning,
-    recipients,
-    refusal,
-    send,
-    service,
-)
+from helpers import StartDaemon, StartPostfix
+from servers.daemon import Daemon
+from servers.postfix import ALICE, Postfix, is_accepted, recipients, refusal, send, service
+from servers.process import wait_for, wait_for_log
 
-__all__ = ["no_warning"]  # a fixture
 BOB, CAROL = "bob@example.com", "carol@example.net"
 AT_END = {"smtpd_client_restrictions": "", "smtpd_end_of_data_restrictions": "$saslquota"}
 Start = Callable[..., tuple[Daemon, Postfix]]
@@ -35,10 +26,6 @@ def start(daemon: StartDaemon, no_warning: StartPostfix) -> Start:
         return running, no_warning(service(running), **options)
 
     return both
-
-
-def logged(daemon: Daemon, text: str) -> None:
-    wait_for(lambda: text in daemon.log(), 10, f"the log says {text}")
 
 
 def rcpt(session: smtplib.SMTP, number: int) -> list[int]:
@@ -62,8 +49,8 @@ def test_two_windows(start: Start) -> None:
         assert refusal(session)[1].endswith(": slower")
         wait_for(lambda: is_accepted(session), 10, "the shorter window has room")
         assert refusal(session)[1].endswith(": enough for today")
-        logged(running, "quota 2/2 (100.00%), period=3, action=REJECT")
-        logged(running, "quota 3/3 (100.00%), period=3600, action=REJECT")
+        wait_for_log(running, re.escape("quota 2/2 (100.00%), period=3, action=REJECT"))
+        wait_for_log(running, re.escape("quota 3/3 (100.00%), period=3600, action=REJECT"))
 
 
 def test_a_pool(start: Start) -> None:
@@ -79,7 +66,10 @@ def test_a_pool(start: Start) -> None:
         assert is_accepted(carol)
         assert is_accepted(carol)
         assert refusal(carol)[1].endswith(": yours")
-    logged(running, f"sasl_username={BOB}, rcpt=r0@example.net, rule=@example.com, quota 3/3")
+    wait_for_log(
+        running,
+        re.escape(f"sasl_username={BOB}, rcpt=r0@example.net, rule=@example.com, quota 3/3"),
+    )
 
 
 @pytest.mark.parametrize("count", ["recipients", "messages"])
@@ -113,7 +103,7 @@ def test_defer(start: Start) -> None:
         assert is_accepted(session)
         code, text = refusal(session)
     assert (code, text.startswith("4.7.1 "), text.endswith(": later")) == (450, True, True)
-    logged(running, "quota 1/1 (100.00%), period=3600, action=DEFER, ")
+    wait_for_log(running, re.escape("quota 1/1 (100.00%), period=3600, action=DEFER, "))
 
 
 def test_retry_after(start: Start) -> None:
@@ -149,8 +139,10 @@ def test_a_rule_that_is_tried_out(start: Start) -> None:
     running, postfix = start(rules)
     with postfix.login() as session:
         assert [is_accepted(session) for _ in range(3)] == [True] * 3
-    logged(running, "quota 1/1 (100.00%), period=3600, action=ACCEPT, ")
-    logged(running, "quota 3/1 (300.00%), period=3600, action=REJECT (not enforced), ")
+    wait_for_log(running, re.escape("quota 1/1 (100.00%), period=3600, action=ACCEPT, "))
+    wait_for_log(
+        running, re.escape("quota 3/1 (300.00%), period=3600, action=REJECT (not enforced), ")
+    )
     assert "action=REJECT, " not in running.log()
 
 
@@ -163,4 +155,7 @@ def test_no_limit_and_no_sending(start: Start) -> None:
     with postfix.login() as alice, postfix.login("bob@other.example") as bob:
         assert [is_accepted(alice) for _ in range(3)] == [True] * 3
         assert refusal(bob)[1].endswith(": not you")
-    logged(running, "rule=example.*, quota 3/unlimited (0.00%), period=3600, action=ACCEPT, ")
+    wait_for_log(
+        running,
+        re.escape("rule=example.*, quota 3/unlimited (0.00%), period=3600, action=ACCEPT, "),
+    )

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from servers import ROOT
+from servers.process import ROOT
 
 from saslquota import (
     MAX_ATTRIBUTES,

@@ -21,24 +21,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import require
-from faults import session
-from servers import (
-    LOOPBACK,
-    ROOT,
-    Daemon,
-    Database,
-    MariaDB,
-    Policy,
-    Postfix,
-    Process,
-    clean_environment,
-    copy_shipped,
-    free_port,
-    is_listening,
-    run,
-    wait_for,
-)
+from helpers import require
+from servers.daemon import Daemon, PolicyClient, copy_shipped
+from servers.mariadb import Database, MariaDB, session
+from servers.ports import LOOPBACK, free_port, is_listening
+from servers.postfix import Postfix
+from servers.process import ROOT, Process, clean_environment, run, wait_for
 
 from saslquota import Config, load_config, load_rules
 
@@ -316,7 +304,7 @@ def test_production_with_sqlite_under_supervisord(new_directory: Callable[[], Pa
         if shutil.which("ss"):
             listening = block("4. supervisord", "sh", "ss -ltn")
             shell(listening, ("10008", str(supervisor.port)))
-        with Policy(supervisor.port) as policy:
+        with PolicyClient(supervisor.port) as policy:
             assert policy.ask() == "OK"
         assert (directory / "lib" / "saslquota.db").exists()
 

@@ -11,25 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
-from servers import ROOT
+from helpers import RETENTION, SENTENCE, example_files
+from servers.process import ROOT
 
 from saslquota import ConfigError, Rule, RulesFile, Window, load_rules
 
-HERE = Path(__file__).resolve().parent / "rules"
-RETENTION = 30 * 86400
-SENTENCE = (
-    "Ops!!! Você já mandou o limite de {} emails no intervalo de {} segundos,"
-    " tente novamente mais tarde"
-)
 
-
-def files(directory: Path) -> list[Path]:
-    found = sorted(directory.glob("*.json"))
-    assert found, directory
-    return found
-
-
-@pytest.mark.parametrize("path", files(HERE / "invalid"), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", example_files("rules/invalid"), ids=lambda path: path.stem)
 def test_an_invalid_file_gets_its_message(path: Path) -> None:
     expected = path.with_suffix(".txt").read_text("utf-8").removesuffix("\n")
     with pytest.raises(ConfigError) as caught:
@@ -44,7 +32,7 @@ def peculiar(window: Window) -> str:
     return f"{count}{action}{'' if window.enforce else ' (not enforced)'}"
 
 
-@pytest.mark.parametrize("path", files(HERE / "valid"), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", example_files("rules/valid"), ids=lambda path: path.stem)
 def test_a_valid_file_gives_its_rules(path: Path) -> None:
     rules = load_rules(path, RETENTION)
     for line in path.with_suffix(".txt").read_text("utf-8").splitlines():

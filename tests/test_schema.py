@@ -8,15 +8,14 @@ from typing import Any
 
 import jsonschema
 import pytest
+from helpers import RETENTION, example_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from servers import ROOT
+from servers.process import ROOT
 
 import saslquota
 from saslquota import ConfigError, load_config, load_rules
 
-HERE = Path(__file__).resolve().parent
-RETENTION = 30 * 86400
 Load = Callable[[Path], object]
 
 TWICE = "JSON keeps the last of two equal keys; a schema sees only that one"
@@ -77,7 +76,7 @@ EXAMPLES = [
     (kind, path)
     for kind in KINDS
     for verdict in ("valid", "invalid")
-    for path in sorted((HERE / kind / verdict).glob("*.json"))
+    for path in example_files(f"{kind}/{verdict}")
 ]
 
 

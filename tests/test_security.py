@@ -5,16 +5,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from servers import Daemon, Database, clean_environment, wait_for
+from helpers import StartDaemon
+from servers.daemon import Daemon
+from servers.mariadb import Database
+from servers.process import clean_environment, wait_for_log
 
 from saslquota import NOWHERE, Config, MySQLStore, Row
 
-Start = Callable[..., Daemon]
 PASSWORD = "correct-horse-battery-staple"
 DAY = 86400 * 1_000_000  # microseconds
 
 
-def test_a_sender_forges_no_part_of_a_line(daemon: Start) -> None:
+def test_a_sender_forges_no_part_of_a_line(daemon: StartDaemon) -> None:
     """fail2ban would ban whom a sender likes: Postfix hands on `RCPT TO:<"a, client_address=...`
     without the quotes."""
     forged = "a, client_address=198.51.100.1, instance=1, action=ACCEPT"
@@ -23,7 +25,7 @@ def test_a_sender_forges_no_part_of_a_line(daemon: Start) -> None:
         for _ in range(2):
             policy.ask(recipient=forged, sender=forged, client_address="192.0.2.1", instance="2")
         policy.ask(recipient=forged, sender=forged, sasl_username="")
-    wait_for(lambda: running.log().count("rcpt=") == 3, 5, "all is logged")
+    wait_for_log(running, "rcpt=", 3)
     for line in running.log().splitlines():
         if "rcpt=" in line:
             names = [part.partition("=")[0] for part in line.split(", ")]
@@ -58,9 +60,9 @@ def test_the_rights_that_suffice(database: Database) -> None:
     server.sql("DROP USER least@'%'")
 
 
-def test_a_refused_password_is_not_logged(daemon: Start, database: Database) -> None:
+def test_a_refused_password_is_not_logged(daemon: StartDaemon, database: Database) -> None:
     running = daemon({**database.config(), "_mypasswd": PASSWORD})
-    wait_for(lambda: "Access denied" in running.log(), 10, "the reason is logged")
+    wait_for_log(running, "Access denied")
     assert running.terminate() == 0
     assert PASSWORD not in running.log()
 

@@ -17,49 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import ledger, locked
-from servers import LOOPBACK, ROOT, Daemon, Policy, clean_environment, is_listening, wait_for
+from helpers import SMALL, WHOLE, StartDaemon
+from servers.daemon import Daemon, PolicyClient, ledger
+from servers.disk import locked
+from servers.ports import LOOPBACK, is_listening
+from servers.process import ROOT, clean_environment, wait_for, wait_for_log
 
 from saslquota import PolicyServer
 
-Start = Callable[..., Daemon]
 ONE_EACH = {"default": {"period": 3600, "msgquota": 1, "msg": "over quota"}}
-SMALL = b"request=smtpd_access_policy\nprotocol_state=CONNECT\n\n"
-WHOLE = SMALL[:-1] + b"sender=a@xx\n\n"  # 64 bytes: a recv() gives no part of one
-assert len(WHOLE) == 64
-
-
-def connected(address: tuple[str, int] | str) -> Policy:
-    """A policy connection to any address, a Unix socket's path among them."""
-    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
-    if isinstance(address, tuple) and ":" in address[0]:
-        family = socket.AF_INET6
-    policy = Policy.__new__(Policy)
-    policy._socket = socket.socket(family, socket.SOCK_STREAM)
-    policy._socket.settimeout(20)
-    policy._socket.connect(address)
-    policy._stream = policy._socket.makefile("rb")
-    return policy
-
-
-def is_closed(policy: Policy) -> bool:
-    """Tell whether the daemon has closed the connection, without waiting."""
-    readable, _, _ = select.select([policy._socket], [], [], 0)
-    if not readable:
-        return False
-    try:
-        return policy._socket.recv(1, socket.MSG_PEEK) == b""
-    except ConnectionError:
-        return True
-
-
-def told(daemon: Daemon, text: str) -> list[str]:
-    """The log's lines with the text, once there are any."""
-
-    def lines() -> list[str]:
-        return [line for line in daemon.log().splitlines() if text in line]
-
-    return wait_for(lines, 5, f"the log tells: {text}")
 
 
 def counted(daemon: Daemon) -> int:
@@ -87,14 +53,14 @@ def run_once(directory: Path) -> subprocess.CompletedProcess[str]:
 # --- A connection ---------------------------------------------------------------------------------
 
 
-def test_a_connection_stays_open(daemon: Start) -> None:
+def test_a_connection_stays_open(daemon: StartDaemon) -> None:
     running = daemon()
     with running.policy() as policy:
         assert [policy.ask() for _ in range(20)] == ["OK"] * 20
-        assert not is_closed(policy)
+        assert not policy.is_closed()
 
 
-def test_nothing_follows_a_reply(daemon: Start) -> None:
+def test_nothing_follows_a_reply(daemon: StartDaemon) -> None:
     """Postfix takes stray bytes for a broken connection."""
     with daemon().policy() as policy:
         policy.ask()
@@ -102,54 +68,54 @@ def test_nothing_follows_a_reply(daemon: Start) -> None:
         assert policy.at_end()
 
 
-def test_testfile_is_answered_and_ended(daemon: Start) -> None:
+def test_testfile_is_answered_and_ended(daemon: StartDaemon) -> None:
     with daemon().policy() as policy:
         policy.send((ROOT / "Testfile").read_bytes())
         assert policy.reply() == "OK"
         assert policy.at_end()
 
 
-def test_many_in_one_send(daemon: Start) -> None:
+def test_many_in_one_send(daemon: StartDaemon) -> None:
     running = daemon(rules={"default": {"period": 3600, "msgquota": 150, "msg": "over quota"}})
     with running.policy() as policy:
-        policy.send(Policy.block() * 200)
+        policy.send(PolicyClient.block() * 200)
         assert [policy.reply() for _ in range(200)] == ["OK"] * 150 + ["REJECT over quota"] * 50
         assert policy.ask(sasl_username="bob") == "OK"
 
 
-def test_in_small_pieces(daemon: Start) -> None:
+def test_in_small_pieces(daemon: StartDaemon) -> None:
     with daemon().policy() as policy:
-        for byte in Policy.block():
+        for byte in PolicyClient.block():
             policy.send(bytes([byte]))
         assert policy.reply() == "OK"
 
 
-def test_a_client_that_sends_and_hangs_up_one_way(daemon: Start) -> None:
+def test_a_client_that_sends_and_hangs_up_one_way(daemon: StartDaemon) -> None:
     """As `netcat -N` does with a file that lacks the closing empty request."""
     with daemon().policy() as policy:
-        policy.send(Policy.block())
+        policy.send(PolicyClient.block())
         policy._socket.shutdown(socket.SHUT_WR)
         assert policy.reply() == "OK"
         assert policy.at_end()
 
 
-def test_a_client_that_hangs_up_before_the_reply(daemon: Start) -> None:
+def test_a_client_that_hangs_up_before_the_reply(daemon: StartDaemon) -> None:
     running = daemon()
     for _ in range(20):
         with running.policy() as policy:
-            policy.send(Policy.block() * 3)
+            policy.send(PolicyClient.block() * 3)
     with running.policy() as policy:
         assert policy.ask(sasl_username="bob") == "OK"
     assert "Traceback" not in running.log()
 
 
-def test_each_connection_is_served_at_once(daemon: Start) -> None:
+def test_each_connection_is_served_at_once(daemon: StartDaemon) -> None:
     """Postfix keeps one for each smtpd process; none may wait for another."""
     running = daemon()
     with ExitStack() as stack:
         policies = [stack.enter_context(running.policy()) for _ in range(300)]
         for policy in policies:
-            policy.send(Policy.block())
+            policy.send(PolicyClient.block())
         assert [policy.reply() for policy in policies] == ["OK"] * 300
         assert policies[0].ask() == "OK"
 
@@ -157,19 +123,21 @@ def test_each_connection_is_served_at_once(daemon: Start) -> None:
 MALFORMED = [
     pytest.param(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n\n", id="http"),
     pytest.param(b"\x16\x03\x01\x02\x00\x01\x00\n\n", id="tls"),
-    pytest.param(Policy.block().replace(b"request=smtpd_access_policy\n", b""), id="no-request"),
-    pytest.param(Policy.block(request="junk"), id="other-request"),
-    pytest.param(Policy.block(recipient_count="-1"), id="recipient-count"),
-    pytest.param(Policy.block(recipient_count="1000001"), id="too-many-recipients"),
-    pytest.param(Policy.block()[:-1] + b"no equals sign\n\n", id="no-equals-sign"),
-    pytest.param(Policy.block(sender="x" * 65536), id="oversize"),
+    pytest.param(
+        PolicyClient.block().replace(b"request=smtpd_access_policy\n", b""), id="no-request"
+    ),
+    pytest.param(PolicyClient.block(request="junk"), id="other-request"),
+    pytest.param(PolicyClient.block(recipient_count="-1"), id="recipient-count"),
+    pytest.param(PolicyClient.block(recipient_count="1000001"), id="too-many-recipients"),
+    pytest.param(PolicyClient.block()[:-1] + b"no equals sign\n\n", id="no-equals-sign"),
+    pytest.param(PolicyClient.block(sender="x" * 65536), id="oversize"),
     pytest.param(b"x" * 70000, id="oversize-without-a-newline"),
-    pytest.param(Policy.block()[:-1] + b"a=\n" * 256 + b"\n", id="too-many-attributes"),
+    pytest.param(PolicyClient.block()[:-1] + b"a=\n" * 256 + b"\n", id="too-many-attributes"),
 ]
 
 
 @pytest.mark.parametrize("data", MALFORMED)
-def test_malformed_input(daemon: Start, data: bytes) -> None:
+def test_malformed_input(daemon: StartDaemon, data: bytes) -> None:
     running = daemon(rules=ONE_EACH)
     with running.policy() as other, running.policy() as policy:
         assert other.ask(sasl_username="bob") == "OK"
@@ -178,26 +146,26 @@ def test_malformed_input(daemon: Start, data: bytes) -> None:
             assert policy.at_end()
         assert other.ask(sasl_username="bob") == "REJECT over quota"
         assert other.ask() == "OK"  # alice's first
-    wait_for(lambda: running.log().count("thread stopped") == 2, 5, "both have ended")
-    (warning,) = told(running, "malformed")
+    wait_for_log(running, "thread stopped", 2)
+    (warning,) = wait_for_log(running, "malformed")
     assert re.search(r"postfix/saslquota\[\d+\]:\[2\] malformed input", warning)
     assert counted(running) == 2
 
 
-def test_half_a_request(daemon: Start) -> None:
+def test_half_a_request(daemon: StartDaemon) -> None:
     running = daemon(rules=ONE_EACH)
     with running.policy() as policy:
-        policy.send(Policy.block()[:-1])
+        policy.send(PolicyClient.block()[:-1])
         policy._socket.shutdown(socket.SHUT_WR)
         assert policy.at_end()
     with running.policy() as policy:
         assert policy.ask() == "OK"
-    assert len(told(running, "malformed")) == 1
+    assert len(wait_for_log(running, "malformed")) == 1
 
 
-def test_what_came_before_malformed_input_is_answered(daemon: Start) -> None:
+def test_what_came_before_malformed_input_is_answered(daemon: StartDaemon) -> None:
     with daemon().policy() as policy:
-        policy.send(Policy.block() * 2 + b"junk\n\n" + Policy.block())
+        policy.send(PolicyClient.block() * 2 + b"junk\n\n" + PolicyClient.block())
         assert [policy.reply() for _ in range(2)] == ["OK"] * 2
         assert policy.at_end()
 
@@ -213,31 +181,31 @@ def has_ipv6() -> bool:
 
 
 @pytest.mark.parametrize("host", [LOOPBACK, "localhost", *(["::1"] if has_ipv6() else [])])
-def test_tcp(daemon: Start, host: str) -> None:
+def test_tcp(daemon: StartDaemon, host: str) -> None:
     running = daemon({"_bind": host})
     shown = re.search(r"listening on (\S+),", running.log())
     assert shown
     address = shown[1].rpartition(":")[0].strip("[]")
-    with connected((address, running.port)) as policy:
+    with PolicyClient((address, running.port)) as policy:
         assert policy.ask() == "OK"
         assert policy.ask() == "OK"
 
 
-def test_a_unix_socket(daemon: Start, new_directory: Callable[[], Path]) -> None:
+def test_a_unix_socket(daemon: StartDaemon, new_directory: Callable[[], Path]) -> None:
     path = new_directory() / "policy"
     running = daemon({"_bind": f"unix:{path}", "_allow": "192.0.2.1"})  # _allow is for TCP
     assert f"listening on unix:{path}," in running.log()
     assert stat.S_IMODE(path.stat().st_mode) == 0o660
-    with connected(str(path)) as policy:
+    with PolicyClient(str(path)) as policy:
         assert policy.ask() == "OK"
         assert policy.ask() == "OK"
     assert running.terminate() == 0
     assert not path.exists()
 
 
-def test_a_unix_socket_beside_the_configuration(daemon: Start) -> None:
+def test_a_unix_socket_beside_the_configuration(daemon: StartDaemon) -> None:
     running = daemon({"_bind": "unix:policy"})
-    with connected(str(running.directory / "policy")) as policy:
+    with PolicyClient(str(running.directory / "policy")) as policy:
         assert policy.ask() == "OK"
 
 
@@ -253,25 +221,25 @@ def test_a_relative_unix_socket_is_beside_the_configuration(
 
 
 def test_the_socket_of_a_dead_daemon_is_replaced(
-    daemon: Start, new_directory: Callable[[], Path]
+    daemon: StartDaemon, new_directory: Callable[[], Path]
 ) -> None:
     path = new_directory() / "policy"
     running = daemon({"_bind": f"unix:{path}"})
     running.kill9()
     assert path.is_socket()
     running.start()
-    with connected(str(path)) as policy:
+    with PolicyClient(str(path)) as policy:
         assert policy.ask() == "OK"
 
 
 def test_the_socket_of_a_live_daemon_is_not(
-    daemon: Start, new_directory: Callable[[], Path]
+    daemon: StartDaemon, new_directory: Callable[[], Path]
 ) -> None:
     path = new_directory() / "policy"
     daemon({"_bind": f"unix:{path}"})
     second = Daemon(new_directory(), {"_bind": f"unix:{path}"})
     assert_no_start(second, f"cannot listen on unix:{path}: Address already in use")
-    with connected(str(path)) as policy:
+    with PolicyClient(str(path)) as policy:
         assert policy.ask() == "OK"
 
 
@@ -291,7 +259,7 @@ def assert_no_start(daemon: Daemon, reason: str) -> None:
     assert done.returncode == 1
 
 
-def test_a_port_in_use(daemon: Start, new_directory: Callable[[], Path]) -> None:
+def test_a_port_in_use(daemon: StartDaemon, new_directory: Callable[[], Path]) -> None:
     running = daemon()
     second = Daemon(new_directory(), {"_bindport": running.port})
     assert_no_start(second, f"cannot listen on 127.0.0.1:{running.port}: Address already in use")
@@ -306,7 +274,7 @@ def test_an_address_that_is_not_ours(new_directory: Callable[[], Path], bind: st
     assert_no_start(Daemon(new_directory(), {"_bind": bind}), "cannot listen on ")
 
 
-def test_restarting_at_once(daemon: Start) -> None:
+def test_restarting_at_once(daemon: StartDaemon) -> None:
     """The port of connections that the daemon closed itself is free again at once."""
     running = daemon()
     with running.policy() as policy:
@@ -321,12 +289,12 @@ def test_restarting_at_once(daemon: Start) -> None:
 # --- _bindtimeout ---------------------------------------------------------------------------------
 
 
-def wait_until_closed(policy: Policy) -> None:
-    wait_for(lambda: is_closed(policy), 5, "the daemon closes the connection")
+def wait_until_closed(policy: PolicyClient) -> None:
+    wait_for(lambda: policy.is_closed(), 5, "the daemon closes the connection")
 
 
-@pytest.mark.parametrize("begun", [b"", b"r", Policy.block()[:-1]])
-def test_the_first_request_has_a_deadline(daemon: Start, begun: bytes) -> None:
+@pytest.mark.parametrize("begun", [b"", b"r", PolicyClient.block()[:-1]])
+def test_the_first_request_has_a_deadline(daemon: StartDaemon, begun: bytes) -> None:
     running = daemon({"_bindtimeout": 1})
     start = time.monotonic()
     with running.policy() as policy:
@@ -334,61 +302,61 @@ def test_the_first_request_has_a_deadline(daemon: Start, begun: bytes) -> None:
         wait_until_closed(policy)
         assert time.monotonic() - start > 0.9
         assert policy.at_end()
-    told(running, "_bindtimeout")
+    wait_for_log(running, "_bindtimeout")
     assert "malformed" not in running.log()
 
 
-def test_a_request_that_has_begun_has_a_deadline(daemon: Start) -> None:
+def test_a_request_that_has_begun_has_a_deadline(daemon: StartDaemon) -> None:
     with daemon({"_bindtimeout": 1}).policy() as policy:
         assert policy.ask() == "OK"
         start = time.monotonic()
-        policy.send(Policy.block() + Policy.block()[:100])
+        policy.send(PolicyClient.block() + PolicyClient.block()[:100])
         assert policy.reply() == "OK"
         wait_until_closed(policy)
         assert time.monotonic() - start > 0.9
 
 
-def test_the_deadline_is_one_for_the_whole_request(daemon: Start) -> None:
+def test_the_deadline_is_one_for_the_whole_request(daemon: StartDaemon) -> None:
     """A byte now and then does not put it off."""
     start = time.monotonic()
     with daemon({"_bindtimeout": 1}).policy() as policy, suppress(ConnectionError):
-        while not is_closed(policy):
+        while not policy.is_closed():
             assert time.monotonic() - start < 10
             policy.send(b"x")
             select.select([policy._socket], [], [], 0.1)
 
 
-def test_between_requests_there_is_no_deadline(daemon: Start) -> None:
+def test_between_requests_there_is_no_deadline(daemon: StartDaemon) -> None:
     running = daemon({"_bindtimeout": 1})
     with running.policy() as idle:
         assert idle.ask() == "OK"
         for _ in range(3):  # each takes the daemon a second to close
             with running.policy() as clock:
                 wait_until_closed(clock)
-        assert not is_closed(idle)
+        assert not idle.is_closed()
         assert idle.ask() == "OK"
 
 
 @pytest.mark.parametrize("data", [WHOLE * 100, SMALL * 100], ids=["whole", "begun"])
 def test_a_reply_that_is_not_taken_has_a_deadline(
-    daemon: Start, new_directory: Callable[[], Path], data: bytes
+    daemon: StartDaemon, new_directory: Callable[[], Path], data: bytes
 ) -> None:
     """Not taken: the buffers on the way are full. Whether a part of the next request has come,
     too, makes no difference."""
     path = str(new_directory() / "policy")
     running = daemon({"_bind": f"unix:{path}", "_bindtimeout": 1, "_loglevel": "INFO"})
-    with connected(path) as policy, suppress(ConnectionError, TimeoutError):
+    with PolicyClient(path) as policy, suppress(ConnectionError, TimeoutError):
         policy.send(WHOLE)
         assert policy.reply() == "DUNNO"
         policy._socket.settimeout(5)
         while True:
             policy.send(data)
-    told(running, "_bindtimeout")
-    with connected(path) as policy:
+    wait_for_log(running, "_bindtimeout")
+    with PolicyClient(path) as policy:
         assert policy.ask() == "OK"
 
 
-def taken(policy: Policy) -> bool:
+def taken(policy: PolicyClient) -> bool:
     """Whether there is room on the way for one more reply that is not read."""
     before = policy.unread()
     policy.send(WHOLE)
@@ -398,26 +366,26 @@ def taken(policy: Policy) -> bool:
         return False
 
 
-def fill(policy: Policy) -> int:
+def fill(policy: PolicyClient) -> int:
     """Ask until a reply finds no room on the way; return how many did."""
     return sum(1 for _ in iter(lambda: taken(policy), False))
 
 
 def test_a_reply_that_finds_no_room_comes_when_there_is(
-    daemon: Start, new_directory: Callable[[], Path]
+    daemon: StartDaemon, new_directory: Callable[[], Path]
 ) -> None:
     """Whichever thread had the answer: nothing is lost, and the connection is served on."""
     path = str(new_directory() / "policy")
     running = daemon({"_bind": f"unix:{path}", "_loglevel": "INFO"})
 
-    with connected(path) as policy, connected(path) as second, connected(path) as other:
+    with PolicyClient(path) as policy, PolicyClient(path) as second, PolicyClient(path) as other:
         room = fill(policy)
         assert [policy.reply() for _ in range(room + 1)] == ["DUNNO"] * (room + 1)
         assert policy.ask() == "OK"
         assert all(taken(second) for _ in range(room))
         with locked(ledger(running)):
-            other.send(Policy.block())
-            second.send(Policy.block())
+            other.send(PolicyClient.block())
+            second.send(PolicyClient.block())
         assert other.reply() == "OK"
         assert [second.reply() for _ in range(room)] == ["DUNNO"] * room
         assert [second.reply(), second.ask()] == ["OK"] * 2
@@ -426,7 +394,7 @@ def test_a_reply_that_finds_no_room_comes_when_there_is(
 # --- Limits ---------------------------------------------------------------------------------------
 
 
-def test_the_connection_idle_longest_makes_room(daemon: Start) -> None:
+def test_the_connection_idle_longest_makes_room(daemon: StartDaemon) -> None:
     running = daemon({"_maxconnections": 3})
     with ExitStack() as stack:
         first, second, third = (stack.enter_context(running.policy()) for _ in range(3))
@@ -436,16 +404,16 @@ def test_the_connection_idle_longest_makes_room(daemon: Start) -> None:
         assert fourth.ask() == "OK"
         assert second.at_end()
         assert [policy.ask() for policy in (first, third, fourth)] == ["OK"] * 3
-    (warning,) = told(running, "_maxconnections")
+    (warning,) = wait_for_log(running, "_maxconnections")
     assert ":[2] " in warning
 
 
-def test_a_request_under_way_does_not_make_room(daemon: Start) -> None:
+def test_a_request_under_way_does_not_make_room(daemon: StartDaemon) -> None:
     running = daemon({"_maxconnections": 3})
     with running.policy() as busy, running.policy() as idle, running.policy() as third:
         assert [busy.ask(), idle.ask()] == ["OK"] * 2
         with locked(ledger(running)):
-            busy.send(Policy.block())
+            busy.send(PolicyClient.block())
             for _ in range(50):  # by then the request before is under way, too
                 third.send(SMALL)
                 assert third.reply() == "DUNNO"
@@ -457,14 +425,14 @@ def test_a_request_under_way_does_not_make_room(daemon: Start) -> None:
 
 
 def test_a_reply_under_way_does_not_make_room(
-    daemon: Start, new_directory: Callable[[], Path]
+    daemon: StartDaemon, new_directory: Callable[[], Path]
 ) -> None:
     path = str(new_directory() / "policy")
     daemon({"_bind": f"unix:{path}", "_maxconnections": 2, "_loglevel": "INFO"})
-    with connected(path) as full, connected(path) as idle:
+    with PolicyClient(path) as full, PolicyClient(path) as idle:
         room = fill(full)
         assert idle.ask() == "OK"
-        with connected(path) as other:
+        with PolicyClient(path) as other:
             assert other.ask() == "OK"
         assert idle.at_end()
         assert [full.reply() for _ in range(room + 1)] == ["DUNNO"] * (room + 1)
@@ -491,34 +459,34 @@ def test_a_request_that_comes_while_room_is_made() -> None:
         server._make_room()
 
 
-def test_a_burst_of_connections(daemon: Start) -> None:
+def test_a_burst_of_connections(daemon: StartDaemon) -> None:
     running = daemon({"_maxconnections": 5, "_loglevel": "INFO"})
     with ExitStack() as stack:
         policies = [stack.enter_context(running.policy()) for _ in range(60)]
         assert stack.enter_context(running.policy()).ask() == "OK"
-        wait_for(lambda: sum(not is_closed(p) for p in policies) <= 4, 5, "four others are left")
+        wait_for(lambda: sum(not p.is_closed() for p in policies) <= 4, 5, "four others are left")
 
 
-def test_allow(daemon: Start) -> None:
+def test_allow(daemon: StartDaemon) -> None:
     running = daemon({"_allow": "192.0.2.0/24, ::1"})
     with running.policy() as policy:
         with suppress(ConnectionError):
-            policy.send(Policy.block())
+            policy.send(PolicyClient.block())
         with suppress(ConnectionError):
             assert policy.at_end()
-    (warning,) = told(running, "refused")
+    (warning,) = wait_for_log(running, "refused")
     assert "connection from 127.0.0.1 refused, see _allow" in warning
 
 
 @pytest.mark.parametrize("bind", [LOOPBACK, *(["::"] if has_ipv6() else [])])
-def test_allow_lets_in(daemon: Start, bind: str) -> None:
+def test_allow_lets_in(daemon: StartDaemon, bind: str) -> None:
     """At `::` Linux shows an IPv4 client as ::ffff:127.0.0.1."""
     running = daemon({"_bind": bind, "_allow": ["192.0.2.0/24", "127.0.0.0/8"]})
     with running.policy() as policy:
         assert policy.ask() == "OK"
 
 
-def test_it_recovers_when_descriptors_run_out(daemon: Start) -> None:
+def test_it_recovers_when_descriptors_run_out(daemon: StartDaemon) -> None:
     running = daemon({"_loglevel": "INFO"})
     with ExitStack() as stack:
         first = stack.enter_context(running.policy())
@@ -527,7 +495,7 @@ def test_it_recovers_when_descriptors_run_out(daemon: Start) -> None:
         resource.prlimit(running.pid, resource.RLIMIT_NOFILE, (used + 5, used + 5))
         for _ in range(30):
             assert stack.enter_context(running.policy()).ask(sasl_username="bob") == "OK"
-        assert is_closed(first)
+        assert first.is_closed()
     wait_for(lambda: len(os.listdir(f"/proc/{running.pid}/fd")) < used, 5, "all are closed")
     with running.policy() as policy:
         assert policy.ask() == "OK"
@@ -555,12 +523,12 @@ TERM = pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 
 
 @TERM
-def test_a_request_under_way_is_answered(daemon: Start, signum: int) -> None:
+def test_a_request_under_way_is_answered(daemon: StartDaemon, signum: int) -> None:
     running = daemon()
     with running.policy() as idle, running.policy() as policy:
         assert [idle.ask(), policy.ask()] == ["OK"] * 2
         with locked(ledger(running)):
-            policy.send(Policy.block())
+            policy.send(PolicyClient.block())
             os.kill(running.pid, signum)
             wait_for(lambda: not is_listening(running.port), 5, "it listens no more")
             with pytest.raises(subprocess.TimeoutExpired):
@@ -575,13 +543,13 @@ def test_a_request_under_way_is_answered(daemon: Start, signum: int) -> None:
 
 
 @TERM
-def test_a_request_that_cannot_be_counted_is_answered(daemon: Start, signum: int) -> None:
+def test_a_request_that_cannot_be_counted_is_answered(daemon: StartDaemon, signum: int) -> None:
     """Also when the store is stuck for longer than the daemon may take."""
     running = daemon()
     with running.policy() as policy:
         assert policy.ask() == "OK"
         with locked(ledger(running)):
-            policy.send(Policy.block())
+            policy.send(PolicyClient.block())
             start = time.monotonic()
             assert running.stop(signum) == 0
             assert time.monotonic() - start < 5
@@ -589,7 +557,7 @@ def test_a_request_that_cannot_be_counted_is_answered(daemon: Start, signum: int
 
 
 @TERM
-def test_idle_connections_hold_up_no_end(daemon: Start, signum: int) -> None:
+def test_idle_connections_hold_up_no_end(daemon: StartDaemon, signum: int) -> None:
     running = daemon()
     with ExitStack() as stack:
         policies = [stack.enter_context(running.policy()) for _ in range(50)]
@@ -602,7 +570,7 @@ def test_idle_connections_hold_up_no_end(daemon: Start, signum: int) -> None:
     assert "Traceback" not in running.log()
 
 
-def test_a_client_that_takes_no_reply_holds_up_no_end(daemon: Start) -> None:
+def test_a_client_that_takes_no_reply_holds_up_no_end(daemon: StartDaemon) -> None:
     running = daemon({"_loglevel": "INFO"})
     with running.policy() as policy:
         policy._socket.settimeout(0.5)
@@ -614,7 +582,7 @@ def test_a_client_that_takes_no_reply_holds_up_no_end(daemon: Start) -> None:
         assert time.monotonic() - start < 5
 
 
-def test_requests_in_a_row_are_all_counted_or_not_answered(daemon: Start) -> None:
+def test_requests_in_a_row_are_all_counted_or_not_answered(daemon: StartDaemon) -> None:
     """What was answered before the end is in the ledger."""
     running = daemon(rules={"default": {"period": 3600, "msgquota": 10**6, "msg": "no"}})
     answered = 0
@@ -633,33 +601,33 @@ def quota(amount: int) -> dict[str, object]:
     return {"default": {"period": 3600, "msgquota": amount, "msg": f"{amount} are enough"}}
 
 
-def test_changed_rules_are_picked_up(daemon: Start) -> None:
+def test_changed_rules_are_picked_up(daemon: StartDaemon) -> None:
     running = daemon(rules=quota(1))
     with running.policy() as policy:
         assert [policy.ask(), policy.ask()] == ["OK", "REJECT 1 are enough"]
         running.write_rules(quota(2))
-        told(running, "rules read again: default 2 in 3600 s")
+        wait_for_log(running, "rules read again: default 2 in 3600 s")
         assert [policy.ask(), policy.ask()] == ["OK", "REJECT 2 are enough"]
 
 
-def test_hangup_reads_the_rules_at_once(daemon: Start) -> None:
+def test_hangup_reads_the_rules_at_once(daemon: StartDaemon) -> None:
     running = daemon(rules=quota(1))
     with running.policy() as policy:
         assert policy.ask() == "OK"
         os.kill(running.pid, signal.SIGHUP)
-        told(running, "rules read again: default 1 in 3600 s")
+        wait_for_log(running, "rules read again: default 1 in 3600 s")
         assert policy.ask() == "REJECT 1 are enough"
     assert running.running
 
 
-def test_a_broken_rules_file_changes_nothing(daemon: Start) -> None:
+def test_a_broken_rules_file_changes_nothing(daemon: StartDaemon) -> None:
     running = daemon(rules=quota(1))
     path = running.directory / "quotarules.json"
     with running.policy() as policy:
         path.write_text('{\n  "default": {"period": 60,\n}', "utf-8")
         os.kill(running.pid, signal.SIGHUP)
-        told(running, f"{path}, line 3, column 1: not JSON")
+        wait_for_log(running, f"{path}, line 3, column 1: not JSON")
         assert [policy.ask(), policy.ask()] == ["OK", "REJECT 1 are enough"]
         running.write_rules(quota(3))
-        told(running, "rules read again: default 3 in 3600 s")
+        wait_for_log(running, "rules read again: default 3 in 3600 s")
         assert policy.ask() == "OK"

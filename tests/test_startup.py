@@ -7,26 +7,17 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from servers import (
-    LOOPBACK,
-    Daemon,
-    Database,
-    MariaDB,
-    Policy,
-    Process,
-    clean_environment,
-    copy_shipped,
-    free_port,
-    run,
-    wait_for,
-)
-
-UNAVAILABLE = "DEFER_IF_PERMIT quota service unavailable, try again later"
-ALICE = "alice@example.com"
+from helpers import StartDaemon
+from servers.daemon import Daemon, PolicyClient, copy_shipped
+from servers.load import DEFERRED
+from servers.mariadb import Database, MariaDB
+from servers.ports import LOOPBACK, free_port
+from servers.postfix import ALICE
+from servers.process import Process, clean_environment, run, wait_for
 
 
 class FreshClone(Process):
@@ -49,7 +40,7 @@ class FreshClone(Process):
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_fresh_clone_runs_with_nothing_installed(tmp_path: Path, signum: int) -> None:
     with FreshClone(tmp_path) as clone:
-        with Policy(clone.port) as policy:
+        with PolicyClient(clone.port) as policy:
             assert policy.ask() == "OK"
             assert clone.stop(signum, timeout=5) == 0
         for told in ("saslquota.db", "default", "localhost", "root@localhost"):
@@ -59,7 +50,7 @@ def test_fresh_clone_runs_with_nothing_installed(tmp_path: Path, signum: int) ->
 
 def test_counts_survive_a_restart(tmp_path: Path) -> None:
     def actions(number: int) -> list[str]:
-        with FreshClone(tmp_path) as clone, Policy(clone.port) as policy:
+        with FreshClone(tmp_path) as clone, PolicyClient(clone.port) as policy:
             return [policy.ask(sasl_username="root@localhost") for _ in range(number)]
 
     assert set(actions(50)) == {"OK"}
@@ -73,7 +64,7 @@ def test_check_changes_nothing(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_owners_ten_keys_mean_mysql(daemon: Callable[..., Daemon], database: Database) -> None:
+def test_owners_ten_keys_mean_mysql(daemon: StartDaemon, database: Database) -> None:
     owners = {
         **dict.fromkeys(Daemon.DEFAULTS),
         "_bind": LOOPBACK,
@@ -94,12 +85,12 @@ def test_owners_ten_keys_mean_mysql(daemon: Callable[..., Daemon], database: Dat
 
 
 def test_mysql_started_after_the_daemon(
-    daemon: Callable[..., Daemon], mariadb: MariaDB, database: Database
+    daemon: StartDaemon, mariadb: MariaDB, database: Database
 ) -> None:
     mariadb.stop()
     started = daemon(database.config())
     with started.policy() as policy:
-        assert [policy.ask() for _ in range(3)] == [UNAVAILABLE] * 3
+        assert [policy.ask() for _ in range(3)] == [DEFERRED] * 3
         mariadb.start()
         wait_for(lambda: policy.ask() == "OK", 20, "the daemon finds the database")
         assert policy.ask() == "OK"

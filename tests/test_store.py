@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import lone_charge, submit
-from faults import changed, crowded
-from servers import ROOT, Database, MariaDB, wait_for
+from helpers import DAY, lone_charge, mysql_config, submit
+from servers.audit import SECOND
+from servers.mariadb import Database, MariaDB, changed, crowded
+from servers.process import ROOT, wait_for
 
 import saslquota
 from saslquota import (
@@ -28,8 +29,6 @@ from saslquota import (
     Window,
 )
 
-DAY = 86_400
-SECOND = 1_000_000
 OpenStore = Callable[[], Store]
 
 
@@ -63,14 +62,6 @@ def new_store(
             return store
 
         yield opened
-
-
-def mysql_config(database: Database, **changes: object) -> Config:
-    """The settings for a test's database, as load_config would give them."""
-    found = {name.removeprefix("_"): value for name, value in database.config().items()}
-    found |= {"myhost": ("127.0.0.1",), **changes}
-    found.pop("store", None)
-    return Config(path=Path("saslquota.json"), **found)  # type: ignore[arg-type]
 
 
 def row(account: str, seq: int, at: int, **changes: object) -> Row:

@@ -3,25 +3,27 @@
 import os
 import signal
 import time
-from collections.abc import Callable
 
-from servers import Policy, Supervisor, free_port, is_listening, wait_for
+from helpers import StartSupervisor
+from servers.daemon import PolicyClient
+from servers.ports import free_port, is_listening
+from servers.process import wait_for
 
 STOPWAITSECS = 10  # as saslquota_supervisor.conf has it
 
 
-def test_start_crash_and_stop(supervisor: Callable[..., Supervisor]) -> None:
+def test_start_crash_and_stop(supervisor: StartSupervisor) -> None:
     port = free_port()
     started = supervisor({"_bindport": port, "_loghandler": "stdout"})
     first = wait_for(started.program_pid, 20, "RUNNING")
-    with Policy(port) as policy:
+    with PolicyClient(port) as policy:
         assert policy.ask() == "OK"
 
     wait_for(lambda: "action=ACCEPT" in started.program_log(), 5, "the log line")
     os.kill(first, signal.SIGKILL)
     second = wait_for(started.program_pid, 20, "RUNNING again")
     assert second != first
-    with Policy(port) as policy:
+    with PolicyClient(port) as policy:
         assert policy.ask() == "OK"
 
         begin = time.monotonic()
@@ -36,6 +38,6 @@ def test_start_crash_and_stop(supervisor: Callable[..., Supervisor]) -> None:
     assert log.count("action=ACCEPT") == 2
 
 
-def test_bad_configuration_says_so_in_its_log(supervisor: Callable[..., Supervisor]) -> None:
+def test_bad_configuration_says_so_in_its_log(supervisor: StartSupervisor) -> None:
     started = supervisor({"_bindport": "many"})
     wait_for(lambda: "_bindport" in started.program_log(), 20, "the reason")

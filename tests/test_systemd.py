@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import require
-from servers import ROOT
+from helpers import require
+from servers.process import ROOT
 
 UNIT = ROOT / "contrib/systemd/saslquota.service"
 SUPERVISOR = ROOT / "saslquota_supervisor.conf"

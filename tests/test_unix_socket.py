@@ -13,15 +13,14 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from conftest import require
-from servers import ROOT, Daemon, Postfix, run, wait_for
-from test_postfix import is_accepted, quota, refusal, send
+from helpers import StartDaemon, StartPostfix, quota, require
+from servers.daemon import Daemon
+from servers.postfix import Postfix, is_accepted, refusal, send
+from servers.process import ROOT, run, wait_for_log
 
 SERVICE = "nobody"  # in the place of user saslquota: has nothing to do with Postfix either
 STRANGER = "daemon"
 NAME = "saslquota/policy"  # as Postfix names it: relative to its queue directory
-
-StartPostfix = Callable[..., Postfix]
 
 
 def as_user(name: str) -> list[str | Path]:
@@ -53,7 +52,7 @@ def make_directory(instance: Postfix) -> Path:
 
 
 @pytest.fixture
-def unprivileged(new_directory: Callable[[], Path]) -> Iterator[Callable[..., Daemon]]:
+def unprivileged(new_directory: Callable[[], Path]) -> Iterator[StartDaemon]:
     require("setpriv", root=True)
     with ExitStack() as stack:
 
@@ -64,7 +63,7 @@ def unprivileged(new_directory: Callable[[], Path]) -> Iterator[Callable[..., Da
 
 
 @pytest.mark.slow
-def test_a_chrooted_smtpd(postfix: StartPostfix, unprivileged: Callable[..., Daemon]) -> None:
+def test_a_chrooted_smtpd(postfix: StartPostfix, unprivileged: StartDaemon) -> None:
     instance = postfix(f"check_policy_service unix:{NAME}")
     directory = make_directory(instance)
     daemon = unprivileged({"_bind": f"unix:{instance.queue / NAME}"}, quota(3))
@@ -89,9 +88,7 @@ def test_a_chrooted_smtpd(postfix: StartPostfix, unprivileged: Callable[..., Dae
 
 
 @pytest.mark.slow
-def test_nobody_else_can_connect(
-    postfix: StartPostfix, unprivileged: Callable[..., Daemon]
-) -> None:
+def test_nobody_else_can_connect(postfix: StartPostfix, unprivileged: StartDaemon) -> None:
     instance = postfix(f"check_policy_service unix:{NAME}")
     make_directory(instance)
     path = instance.queue / NAME
@@ -104,7 +101,7 @@ def test_nobody_else_can_connect(
 
 @pytest.mark.slow
 def test_a_socket_outside_the_chroot_is_not_found(
-    postfix: StartPostfix, unprivileged: Callable[..., Daemon], new_directory: Callable[[], Path]
+    postfix: StartPostfix, unprivileged: StartDaemon, new_directory: Callable[[], Path]
 ) -> None:
     directory = new_directory()
     directory.chmod(0o777)
@@ -114,4 +111,4 @@ def test_a_socket_outside_the_chroot_is_not_found(
     instance = postfix(f"check_policy_service unix:{path}")
     with instance.login() as session:
         assert not is_accepted(session)
-    wait_for(lambda: f"{path}: No such file or directory" in instance.log(), 5, "Postfix says why")
+    wait_for_log(instance, f"{path}: No such file or directory")

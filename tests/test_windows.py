@@ -3,20 +3,18 @@ enforced, which window is named, and the moment at which a refused send would fi
 
 import math
 import tempfile
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from fleet import DAEMONS, MANY, NEVER, START, Fleet, StartFleet, fast_directory
 from hypothesis import given
 from hypothesis import strategies as st
-from test_ledger import DAEMONS, MANY, NEVER, SECOND, START, Bench, bench, fast_directory
+from servers.audit import SECOND
 
 import saslquota
 from saslquota import Charge, Part, Row, StoreError, Verdict, Window
-
-__all__ = ["bench"]  # a fixture
 
 
 def window(period: int, quota: float, *, enforce: bool = True, asks: bool = True) -> Window:
@@ -155,7 +153,7 @@ def test_one_daemon_equals_the_model(remembered: int, steps: list[tuple[str, obj
         tempfile.TemporaryDirectory(dir=fast_directory()) as directory,
     ):
         patch.setattr(saslquota, "SPAN_ROWS", remembered)
-        one, model = Bench(Path(directory)), Model()
+        one, model = Fleet(Path(directory)), Model()
         for what, value in steps:
             store, ledger = one.stores[0], one.ledgers[0]
             ledger._clock.distrust()
@@ -179,8 +177,8 @@ def test_one_daemon_equals_the_model(remembered: int, steps: list[tuple[str, obj
         one.close()
 
 
-def test_a_pool_has_one_row_for_each_batch(bench: Callable[..., Bench]) -> None:
-    one = bench()
+def test_a_pool_has_one_row_for_each_batch(fleet: StartFleet) -> None:
+    one = fleet()
     parts = (Part("POOL @x", 2, (window(60, 5),)), Part("POOL *", 1, (window(60, 9),)))
     batch = [
         Charge(f"i{n}", (Part(name, 1, (window(60, 9),)), *parts)) for n, name in enumerate("abc")
@@ -196,9 +194,9 @@ def test_a_pool_has_one_row_for_each_batch(bench: Callable[..., Bench]) -> None:
     assert len({row.token for row in one.rows()}) == 1
 
 
-def test_another_daemons_pool_is_noticed_by_collision(bench: Callable[..., Bench]) -> None:
+def test_another_daemons_pool_is_noticed_by_collision(fleet: StartFleet) -> None:
     """Also by senders of which the other daemon knows nothing; and nothing is half written."""
-    two = bench(2)
+    two = fleet(2)
     pool = Part("POOL *", 1, (window(60, 3),))
     accepted = []
     for n in range(6):
@@ -239,7 +237,7 @@ def test_several_daemons_keep_every_window_and_charge_all_or_none(
     steps: list[tuple[str, int, object]],
 ) -> None:
     with tempfile.TemporaryDirectory(dir=fast_directory()) as directory:
-        some = Bench(Path(directory), DAEMONS)
+        some = Fleet(Path(directory), DAEMONS)
         accepted: list[str] = []
         for what, daemon, value in steps:
             store = some.stores[daemon]

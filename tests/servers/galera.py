@@ -1,0 +1,127 @@
+"""A Galera cluster of three nodes on loopback."""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import ClassVar, Self
+
+from servers.clock import faked_clock, libfaketime, set_clock
+from servers.mariadb import Database, MariaDB
+from servers.ports import LOOPBACK, free_port
+from servers.process import IS_ROOT, wait_for
+
+LIBGALERA = Path("/usr/lib/galera/libgalera_smm.so")
+
+
+class GaleraNode(MariaDB):
+    """A member of a cluster on loopback. Only the first one's data is installed; the others copy
+    it when they join."""
+
+    OPTIONS: ClassVar[Mapping[str, str]] = {
+        "gcache.size": "32M",
+        "evs.keepalive_period": "PT0.3S",
+        "evs.inactive_check_period": "PT0.2S",
+        "evs.suspect_timeout": "PT2S",  # shorter, and a busy machine loses a node that is well
+        "evs.inactive_timeout": "PT4S",
+        "evs.install_timeout": "PT4S",
+    }
+
+    def __init__(self, directory: Path, number: int) -> None:
+        self.number = number
+        super().__init__(directory)
+        self.group, self.ist, self.sst = free_port(), free_port(), free_port()
+        self.members: list[GaleraNode] = []
+        self.clock = directory / "clock"
+        set_clock(self.clock, 0)
+
+    def _install(self) -> None:
+        if self.number == 1:
+            super()._install()
+            return
+        data = self.directory / "data"
+        data.mkdir()
+        if IS_ROOT:
+            shutil.chown(self.directory, "mysql")
+            shutil.chown(data, "mysql")
+
+    def command(self) -> Sequence[str | Path]:
+        others = [node for node in self.members if node is not self and node.running]
+        options = {
+            "gmcast.listen_addr": f"tcp://{LOOPBACK}:{self.group}",
+            "ist.recv_addr": f"{LOOPBACK}:{self.ist}",
+            "base_port": str(self.group),
+            **self.OPTIONS,
+        }
+        return [
+            *super().command(),
+            "--wsrep-on=ON",
+            f"--wsrep-provider={LIBGALERA}",
+            "--wsrep-cluster-name=saslquota-tests",
+            "--wsrep-cluster-address=gcomm://"
+            + ",".join(f"{LOOPBACK}:{node.group}" for node in others),
+            f"--wsrep-node-name=node{self.number}",
+            f"--wsrep-node-address={LOOPBACK}:{self.group}",
+            "--wsrep-sst-method=rsync",
+            f"--wsrep-sst-receive-address={LOOPBACK}:{self.sst}",
+            "--wsrep-provider-options=" + ";".join(f"{k}={v}" for k, v in options.items()),
+            "--binlog-format=ROW",
+            "--innodb-autoinc-lock-mode=2",
+            "--innodb-log-file-size=16M",
+        ]
+
+    def environment(self) -> dict[str, str]:
+        return super().environment() | (faked_clock(self.clock) if libfaketime() else {})
+
+    def status(self, name: str) -> str:
+        """A value of SHOW STATUS; empty when the node does not answer."""
+        done = self._client(f"SHOW STATUS LIKE '{name}'")
+        return done.stdout.rpartition("\t")[2].strip() if done.returncode == 0 else ""
+
+    def is_ready(self) -> bool:
+        return self.status("wsrep_local_state_comment") == "Synced"
+
+
+class Galera:
+    """Three nodes, all of them in sync on entry, and gone on exit."""
+
+    def __init__(self, new_directory: Callable[[], Path]) -> None:
+        self.nodes = [GaleraNode(new_directory(), number) for number in (1, 2, 3)]
+        for node in self.nodes:
+            node.members = self.nodes
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            for node in self.nodes:
+                stack.enter_context(node)
+            self.wait_for_size(3)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for node in self.nodes:  # they need not agree on each one's end
+            if node.running:
+                node.kill()
+        self._stack.close()
+
+    def wait_for_size(self, size: int, timeout: float = 30) -> None:
+        """Wait until the running, thawed nodes agree that they are so many."""
+        wait_for(
+            lambda: all(
+                node.status("wsrep_cluster_size") == str(size) and node.is_ready()
+                for node in self.nodes
+                if node.running
+            ),
+            timeout,
+            f"a cluster of {size}",
+        )
+
+    def create_database(self) -> Database:
+        """A database on all nodes, of user saslquota."""
+        return self.nodes[0].create_database()
+
+    def hosts(self, first: int) -> list[str]:
+        """What a daemon beside that node lists as _myhost: each has an order of its own."""
+        ports = [node.port for node in self.nodes]
+        return [f"{LOOPBACK}:{port}" for port in ports[first:] + ports[:first]]

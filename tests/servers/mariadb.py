@@ -1,0 +1,180 @@
+"""A private MariaDB server, and what goes wrong with one."""
+
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from servers.ports import LOOPBACK, free_port
+from servers.process import IS_ROOT, ROOT, Process, clean_environment, run
+
+
+@dataclass(frozen=True)
+class Database:
+    """One database on a private server, made as README.md says."""
+
+    server: "MariaDB"
+    name: str
+    host: str
+    port: int
+    user: str
+    password: str
+
+    def config(self) -> dict[str, object]:
+        """Return the daemon's settings for this database."""
+        return {
+            "_store": "mysql",
+            "_myhost": self.host,
+            "_myport": self.port,
+            "_myuser": self.user,
+            "_mypasswd": self.password,
+            "_mydb": self.name,
+        }
+
+    def sql(self, text: str) -> str:
+        """Run SQL in this database as the administrator."""
+        return self.server.sql(text, self.name)
+
+    def count(self, account: str) -> int:
+        """Return how many rows the account has."""
+        return int(self.sql(f"SELECT COUNT(*) FROM sends WHERE account = '{account}'"))
+
+
+class MariaDB(Process):
+    """A private MariaDB server, with every commit on disk.
+
+    Its time zone is far from UTC, so that local time anywhere would show.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory, "mariadb")
+        self.port = free_port()
+        self.socket = directory / "mariadb.sock"
+        self._databases = 0
+        self._install()
+
+    def _install(self) -> None:
+        command = [
+            "mariadb-install-db",
+            "--no-defaults",
+            f"--datadir={self.directory / 'data'}",
+            "--auth-root-authentication-method=normal",
+            "--skip-test-db",
+        ]
+        if IS_ROOT:
+            shutil.chown(self.directory, "mysql")
+            command.append("--user=mysql")
+        run(command)
+
+    def command(self) -> Sequence[str | Path]:
+        command = [
+            "mariadbd",
+            "--no-defaults",
+            f"--datadir={self.directory / 'data'}",
+            f"--socket={self.socket}",
+            f"--pid-file={self.directory / 'mariadb.pid'}",
+            f"--bind-address={LOOPBACK}",
+            f"--port={self.port}",
+            "--innodb-flush-log-at-trx-commit=1",
+        ]
+        return [*command, "--user=mysql"] if IS_ROOT else command
+
+    def environment(self) -> dict[str, str]:
+        return clean_environment() | {"TZ": "BRT3"}
+
+    def is_ready(self) -> bool:
+        return self._client("SELECT 1").returncode == 0
+
+    def _client(self, text: str, database: str = "") -> subprocess.CompletedProcess[str]:
+        command = ["mariadb", "--no-defaults", "-NB", "-uroot", f"-S{self.socket}"]
+        return subprocess.run(
+            [*command, database], input=text, capture_output=True, text=True, timeout=60
+        )
+
+    def sql(self, text: str, database: str = "") -> str:
+        """Run SQL as root and return the rows, one a line, tabs between columns."""
+        done = self._client(text, database)
+        assert done.returncode == 0, f"{text}: {done.stderr}"
+        return done.stdout.removesuffix("\n")
+
+    def create_database(self, *, with_table: bool = True) -> Database:
+        """Make a new database for user saslquota and import mysql.sql into it."""
+        self._databases += 1
+        name, user, password = f"saslquota{self._databases}", "saslquota", "secret"
+        self.sql(f"CREATE DATABASE {name}")
+        for host in ("localhost", LOOPBACK):
+            account = f"{user}@'{host}'"
+            self.sql(f"CREATE USER IF NOT EXISTS {account} IDENTIFIED BY '{password}'")
+            self.sql(f"GRANT ALL ON {name}.* TO {account}")
+        if with_table:
+            self.sql((ROOT / "mysql.sql").read_text("utf-8"), name)
+        return Database(self, name, LOOPBACK, self.port, user, password)
+
+
+@contextmanager
+def session(server: MariaDB, database: str = "") -> Iterator[Any]:
+    """A session of the administrator's that stays open: execute() is a cursor's."""
+    import mysql.connector
+
+    connection = mysql.connector.connect(
+        unix_socket=str(server.socket),
+        user="root",
+        database=database or None,
+        autocommit=True,
+        charset="utf8mb4",
+        collation="utf8mb4_bin",
+    )
+    try:
+        yield connection.cursor()
+    finally:
+        with suppress(mysql.connector.Error):
+            connection.close()
+
+
+@contextmanager
+def frozen(server: MariaDB) -> Iterator[None]:
+    server.freeze()
+    try:
+        yield
+    finally:
+        server.thaw()
+
+
+@contextmanager
+def changed(server: MariaDB, variable: str, value: int) -> Iterator[None]:
+    """Another value of a global variable."""
+    before = server.sql(f"SELECT @@GLOBAL.{variable}")
+    server.sql(f"SET GLOBAL {variable} = {value}")
+    try:
+        yield
+    finally:
+        server.sql(f"SET GLOBAL {variable} = {before}")
+
+
+@contextmanager
+def crowded(server: MariaDB, database: Database) -> Iterator[None]:
+    """Others have all the connections; the daemons have lost theirs."""
+    import mysql.connector
+
+    with session(server) as admin, changed(server, "max_connections", 10), ExitStack() as others:
+        with suppress(mysql.connector.Error):  # if still more are in use
+            for _ in range(9):
+                others.enter_context(session(server))
+        kill_connections(admin, database)
+        yield
+
+
+def kill_connections(admin: Any, database: Database) -> None:
+    """Break every connection of the daemons' to the database, also in the middle of a query."""
+    import mysql.connector
+
+    admin.execute(
+        "SELECT id FROM information_schema.processlist"
+        f" WHERE user = '{database.user}' AND db = '{database.name}'"
+    )
+    for (number,) in admin.fetchall():
+        with suppress(mysql.connector.Error):  # it may have ended meanwhile
+            admin.execute(f"KILL {number}")
