@@ -9,8 +9,6 @@ the ledger is compared with every reply. Exit status 1 when there was a mistake.
 import argparse
 import itertools
 import json
-import os
-import re
 import signal
 import socket
 import tempfile
@@ -23,6 +21,7 @@ from pathlib import Path
 from servers.daemon import Daemon, PolicyClient
 from servers.load import DEFERRED
 from servers.mariadb import Database, MariaDB
+from servers.process import Footprint
 
 WORKERS = 8  # connections
 SENDERS = 200
@@ -126,14 +125,12 @@ class Soak:
         self.restarts += 1
 
     def report(self, started: float) -> None:
-        status = Path(f"/proc/{self.daemon.pid}/status").read_text()
-        found = dict(re.findall(r"(Threads|VmRSS):\s+(\d+)", status))
-        descriptors = len(os.listdir(f"/proc/{self.daemon.pid}/fd"))
+        taken = Footprint.of(self.daemon)
         rows = self.database.sql("SELECT COUNT(*) FROM sends")
         deferred, refused = self.replies[DEFERRED], self.replies["REJECT over quota"]
         print(
-            f"| {(time.monotonic() - started) / 60:.1f} | {int(found['VmRSS']) / 1024:.1f}"
-            f" | {found['Threads']} | {descriptors} | {rows} | {self.replies['OK']} | {refused}"
+            f"| {(time.monotonic() - started) / 60:.1f} | {taken.memory / 1024:.1f}"
+            f" | {taken.threads} | {taken.descriptors} | {rows} | {self.replies['OK']} | {refused}"
             f" | {deferred} | {self.restarts} | {self.slowest * 1e3:.0f} | {len(self.mistakes)} |",
             flush=True,
         )

@@ -18,7 +18,7 @@ from servers.clock import (
     libfaketime,
     set_clock_under_load,
 )
-from servers.daemon import Daemon, Unprivileged, ledger
+from servers.daemon import Daemon, Unprivileged
 from servers.disk import full, locked, small_disk
 from servers.load import (
     CONFIG,
@@ -56,7 +56,7 @@ def test_the_daemon_is_killed(counting: Daemon) -> None:
             counting.kill9()
             counting.start()
             load.counts_within()
-    audit(entries(ledger(counting)), load.accepted())
+    audit(entries(counting.ledger), load.accepted())
     assert None in {sample.reply for sample in load.samples}
 
 
@@ -65,7 +65,7 @@ def test_the_daemon_is_killed(counting: Daemon) -> None:
 
 def test_the_file_is_deleted(counting: Daemon) -> None:
     """Its sends are gone, which nobody can mend; within a second it counts in a new one."""
-    path = ledger(counting)
+    path = counting.ledger
     with Load(counting.port) as load:
         load.wait(OK, 10, 100)
         for suffix in ("", "-wal", "-shm"):
@@ -79,7 +79,7 @@ def test_the_file_is_deleted(counting: Daemon) -> None:
 
 
 def test_the_file_is_replaced_by_a_backup(counting: Daemon) -> None:
-    path, backup = ledger(counting), counting.directory / "backup"
+    path, backup = counting.ledger, counting.directory / "backup"
     with Load(counting.port) as load:
         load.wait(OK, 10, 100)
         with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(backup)) as copy:
@@ -98,8 +98,8 @@ def test_the_file_is_replaced_by_a_backup(counting: Daemon) -> None:
 
 def test_the_file_is_locked_for_long(counting: Daemon) -> None:
     with Load(counting.port) as load:
-        outlast(counting, load, locked(ledger(counting)), "database is locked", seconds=8)
-    audit_all(ledger(counting), load)
+        outlast(counting, load, locked(counting.ledger), "database is locked", seconds=8)
+    audit_all(counting.ledger, load)
 
 
 def test_the_file_is_locked_for_a_moment(counting: Daemon) -> None:
@@ -107,10 +107,10 @@ def test_the_file_is_locked_for_a_moment(counting: Daemon) -> None:
     with Load(counting.port) as load:
         for _ in range(5):
             load.wait(OK, 10, 100)
-            with locked(ledger(counting)):
+            with locked(counting.ledger):
                 pause(0.5)
         load.counts_within()
-    audit_all(ledger(counting), load)
+    audit_all(counting.ledger, load)
     assert DEFERRED not in {sample.reply for sample in load.samples}
 
 
@@ -140,7 +140,7 @@ def overwrite_the_beginning(path: Path) -> None:
 def test_the_file_is_corrupted(counting: Daemon, corrupt: Callable[[Path], None]) -> None:
     """The daemon lives and answers; the log says so, at a restart at the latest; once the broken
     file is out of the way it counts in a new one."""
-    path = ledger(counting)
+    path = counting.ledger
     with Load(counting.port) as load:
         load.wait(OK, 10, 500)
         with closing(sqlite3.connect(path)) as other, suppress(sqlite3.Error):
@@ -188,7 +188,7 @@ def test_a_full_disk(disk: Path, daemon: StartDaemon) -> None:
 def test_a_file_that_may_not_be_written(new_directory: Callable[[], Path]) -> None:
     require("setpriv") if IS_ROOT else None
     counting = Unprivileged(new_directory(), CONFIG, RULES)
-    path = ledger(counting)
+    path = counting.ledger
     path.touch()
     path.chmod(0o444)
     with counting, Load(counting.port) as load:
@@ -196,7 +196,7 @@ def test_a_file_that_may_not_be_written(new_directory: Callable[[], Path]) -> No
         wait_for_log(counting, f"are not counted.*{path}.*readonly")
         path.chmod(0o666)
         load.counts_within()
-    audit_all(ledger(counting), load)
+    audit_all(counting.ledger, load)
 
 
 def test_a_directory_that_may_not_be_written(new_directory: Callable[[], Path]) -> None:
@@ -259,7 +259,7 @@ def test_the_rules_file_breaks(new_directory: Callable[[], Path]) -> None:
             aside.replace(path)
         wait_for(lambda: counting.log().count("rules read again") > before, 5, "the rules are read")
         load.counts_within()
-    audit_all(ledger(counting), load)
+    audit_all(counting.ledger, load)
     assert DEFERRED not in {sample.reply for sample in load.samples}
 
 
@@ -274,4 +274,4 @@ def test_the_daemons_clock_is_set(new_directory: Callable[[], Path]) -> None:
         Load(counting.port, NARROW) as load,
     ):
         set_clock_under_load(counting.clock, load)
-    audit_clocked(entries(ledger(counting)), load)
+    audit_clocked(entries(counting.ledger), load)

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from servers.daemon import Daemon
 from servers.ports import LOOPBACK
-from servers.process import wait_for, wait_for_log
+from servers.process import Footprint, wait_for, wait_for_log
 
 from saslquota import (
     MAX_ACCOUNT,
@@ -183,17 +183,13 @@ def running(new_directory: Callable[[], Path]) -> Iterator[Daemon]:
         with daemon.policy() as policy:
             assert policy.ask() == "OK"
         wait_for_log(daemon, "thread stopped")
-        before = threads(daemon)
+        before = Footprint.of(daemon).threads
         yield daemon
         with daemon.policy() as policy:
             assert policy.ask() == "OK"
-        wait_for(lambda: threads(daemon) == before, 10, "no thread hangs")
+        wait_for(lambda: Footprint.of(daemon).threads == before, 10, "no thread hangs")
         assert daemon.terminate() == 0
         assert_log(daemon)
-
-
-def threads(daemon: Daemon) -> int:
-    return len(os.listdir(f"/proc/{daemon.pid}/task"))
 
 
 def assert_log(daemon: Daemon) -> None:

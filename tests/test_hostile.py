@@ -7,7 +7,6 @@ as many threads and descriptors as before, and no more memory than after the fir
 
 import os
 import random
-import re
 import resource
 import select
 import socket
@@ -18,13 +17,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from helpers import SMALL, WHOLE, StartDaemon, in_background
 from servers.daemon import Daemon, PolicyClient
 from servers.ports import LOOPBACK
-from servers.process import wait_for, wait_for_log
+from servers.process import Footprint, wait_for, wait_for_log
 
 Address = tuple[str, int] | str
 Hostility = Callable[[], AbstractContextManager[object]]
@@ -73,19 +71,6 @@ class Others:
     def __exit__(self, *_error: object) -> None:
         for policy in self._policies:
             policy.close()
-
-
-class Footprint(NamedTuple):
-    threads: int
-    descriptors: int
-    memory: int  # KiB
-
-    @classmethod
-    def of(cls, daemon: Daemon) -> "Footprint":
-        status = Path(f"/proc/{daemon.pid}/status").read_text()
-        found = dict(re.findall(r"(Threads|VmRSS):\s+(\d+)", status))
-        descriptors = len(os.listdir(f"/proc/{daemon.pid}/fd"))
-        return cls(int(found["Threads"]), descriptors, int(found["VmRSS"]))
 
 
 def p99(seconds: list[float]) -> float:

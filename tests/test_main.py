@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from helpers import SENTENCE, StartDaemon, example_files
+from servers.audit import count_rows
 from servers.daemon import copy_shipped
 from servers.mariadb import Database
 from servers.ports import free_port
@@ -124,11 +125,6 @@ def test_check_uses_the_files_beside_the_script(shipped: Path) -> None:
     assert done.stdout.startswith(f"{shipped}/saslquota.json: read\n{shipped}/quotarules.json: ")
 
 
-def sends(directory: Path) -> list[object]:
-    with closing(sqlite3.connect(directory / "saslquota.db")) as connection:
-        return connection.execute("SELECT * FROM sends").fetchall()
-
-
 def test_check_while_a_daemon_counts(daemon: StartDaemon) -> None:
     running = daemon()
     with running.policy() as policy:
@@ -138,7 +134,7 @@ def test_check_while_a_daemon_counts(daemon: StartDaemon) -> None:
         assert policy.ask() == "OK"
     assert status == 0
     assert lines[-1] == f"SQLite {running.directory}/saslquota.db: table sends found"
-    assert len(sends(running.directory)) == 2
+    assert count_rows(running.ledger) == 2
 
 
 def test_check_after_a_clean_end(daemon: StartDaemon) -> None:
@@ -152,7 +148,7 @@ def test_check_after_a_clean_end(daemon: StartDaemon) -> None:
         0,
         f"SQLite {running.directory}/saslquota.db: table sends found",
     )
-    assert len(sends(running.directory)) == 1
+    assert count_rows(running.ledger) == 1
 
 
 def test_check_after_a_power_failure(daemon: StartDaemon) -> None:
@@ -166,7 +162,7 @@ def test_check_after_a_power_failure(daemon: StartDaemon) -> None:
         0,
         f"SQLite {running.directory}/saslquota.db: table sends found",
     )
-    assert len(sends(running.directory)) == 1
+    assert count_rows(running.ledger) == 1
 
 
 def write_config(directory: Path, **settings: object) -> None:
@@ -238,7 +234,7 @@ def test_check_of_mysql(shipped: Path, database: Database) -> None:
     assert status == 0
     assert f"MySQL {database.name} on 127.0.0.1: " in line
     assert "table sends found" in line
-    assert database.sql("SELECT COUNT(*) FROM sends") == "0"
+    assert count_rows(database) == 0
 
 
 @pytest.mark.parametrize(

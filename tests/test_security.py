@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from helpers import StartDaemon
+from servers.audit import count_rows
 from servers.daemon import Daemon
 from servers.mariadb import Database
 from servers.process import clean_environment, wait_for_log
@@ -56,7 +57,7 @@ def test_the_rights_that_suffice(database: Database) -> None:
     assert max(store.newest(["alice"], lock=False)).seq == 2
     assert store.purge(old + DAY, NOWHERE) == NOWHERE
     store.close()
-    assert database.count("alice") == 1
+    assert count_rows(database, "alice") == 1
     server.sql("DROP USER least@'%'")
 
 

@@ -6,19 +6,19 @@ import resource
 import select
 import signal
 import socket
-import sqlite3
 import stat
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import SMALL, WHOLE, StartDaemon
-from servers.daemon import Daemon, PolicyClient, ledger
+from servers.audit import count_rows
+from servers.daemon import Daemon, PolicyClient
 from servers.disk import locked
 from servers.ports import LOOPBACK, is_listening
 from servers.process import ROOT, clean_environment, wait_for, wait_for_log
@@ -26,12 +26,6 @@ from servers.process import ROOT, clean_environment, wait_for, wait_for_log
 from saslquota import PolicyServer
 
 ONE_EACH = {"default": {"period": 3600, "msgquota": 1, "msg": "over quota"}}
-
-
-def counted(daemon: Daemon) -> int:
-    """How many sends are in the ledger."""
-    with closing(sqlite3.connect(daemon.directory / "saslquota.db")) as connection:
-        return int(connection.execute("SELECT COUNT(*) FROM sends").fetchone()[0])
 
 
 def subprocess_of(daemon: Daemon) -> subprocess.Popen[bytes]:
@@ -149,7 +143,7 @@ def test_malformed_input(daemon: StartDaemon, data: bytes) -> None:
     wait_for_log(running, "thread stopped", 2)
     (warning,) = wait_for_log(running, "malformed")
     assert re.search(r"postfix/saslquota\[\d+\]:\[2\] malformed input", warning)
-    assert counted(running) == 2
+    assert count_rows(running.ledger) == 2
 
 
 def test_half_a_request(daemon: StartDaemon) -> None:
@@ -383,7 +377,7 @@ def test_a_reply_that_finds_no_room_comes_when_there_is(
         assert [policy.reply() for _ in range(room + 1)] == ["DUNNO"] * (room + 1)
         assert policy.ask() == "OK"
         assert all(taken(second) for _ in range(room))
-        with locked(ledger(running)):
+        with locked(running.ledger):
             other.send(PolicyClient.block())
             second.send(PolicyClient.block())
         assert other.reply() == "OK"
@@ -412,7 +406,7 @@ def test_a_request_under_way_does_not_make_room(daemon: StartDaemon) -> None:
     running = daemon({"_maxconnections": 3})
     with running.policy() as busy, running.policy() as idle, running.policy() as third:
         assert [busy.ask(), idle.ask()] == ["OK"] * 2
-        with locked(ledger(running)):
+        with locked(running.ledger):
             busy.send(PolicyClient.block())
             for _ in range(50):  # by then the request before is under way, too
                 third.send(SMALL)
@@ -527,7 +521,7 @@ def test_a_request_under_way_is_answered(daemon: StartDaemon, signum: int) -> No
     running = daemon()
     with running.policy() as idle, running.policy() as policy:
         assert [idle.ask(), policy.ask()] == ["OK"] * 2
-        with locked(ledger(running)):
+        with locked(running.ledger):
             policy.send(PolicyClient.block())
             os.kill(running.pid, signum)
             wait_for(lambda: not is_listening(running.port), 5, "it listens no more")
@@ -539,7 +533,7 @@ def test_a_request_under_way_is_answered(daemon: StartDaemon, signum: int) -> No
         assert idle.at_end()
         assert running.stop(signum) == 0
         assert time.monotonic() - start < 5
-    assert counted(running) == 3
+    assert count_rows(running.ledger) == 3
 
 
 @TERM
@@ -548,7 +542,7 @@ def test_a_request_that_cannot_be_counted_is_answered(daemon: StartDaemon, signu
     running = daemon()
     with running.policy() as policy:
         assert policy.ask() == "OK"
-        with locked(ledger(running)):
+        with locked(running.ledger):
             policy.send(PolicyClient.block())
             start = time.monotonic()
             assert running.stop(signum) == 0
@@ -594,7 +588,7 @@ def test_requests_in_a_row_are_all_counted_or_not_answered(daemon: StartDaemon) 
                 os.kill(running.pid, signal.SIGTERM)
     assert running.stop() == 0
     assert answered >= 100
-    assert counted(running) - answered in (0, 1)
+    assert count_rows(running.ledger) - answered in (0, 1)
 
 
 def quota(amount: int) -> dict[str, object]:

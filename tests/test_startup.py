@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers import StartDaemon
+from servers.audit import count_rows
 from servers.daemon import Daemon, PolicyClient, copy_shipped
 from servers.load import DEFERRED
 from servers.mariadb import Database, MariaDB
@@ -81,7 +82,7 @@ def test_owners_ten_keys_mean_mysql(daemon: StartDaemon, database: Database) -> 
     started = daemon(owners, env={"_myport": database.port})
     with started.policy() as policy:
         assert policy.ask() == "OK"
-    assert database.count(ALICE) == 1
+    assert count_rows(database, ALICE) == 1
 
 
 def test_mysql_started_after_the_daemon(
@@ -94,7 +95,7 @@ def test_mysql_started_after_the_daemon(
         mariadb.start()
         wait_for(lambda: policy.ask() == "OK", 20, "the daemon finds the database")
         assert policy.ask() == "OK"
-    assert database.count(ALICE) == 2
+    assert count_rows(database, ALICE) == 2
     assert started.running
 
 

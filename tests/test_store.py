@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers import DAY, lone_charge, mysql_config, submit
-from servers.audit import SECOND
+from servers.audit import SECOND, count_rows
 from servers.mariadb import Database, MariaDB, changed, crowded
 from servers.process import ROOT, wait_for
 
@@ -457,7 +457,10 @@ def test_the_next_host_is_taken(
             assert ledger.charge([charge], time.monotonic() + 10)[0].accepted
         assert ledger.charge([charge], time.monotonic() + 10)[0].accepted
         ledger.close()
-        assert (database.count("a"), second.sql("SELECT COUNT(*) FROM sends", database.name)) == (
+        assert (
+            count_rows(database, "a"),
+            second.sql("SELECT COUNT(*) FROM sends", database.name),
+        ) == (
             1,
             "2",
         )

@@ -4,43 +4,20 @@
 import grp
 import os
 import pwd
-import shutil
 import stat
 import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from helpers import StartDaemon, StartPostfix, quota, require
-from servers.daemon import Daemon
+from servers.daemon import SERVICE, Daemon, Unprivileged, as_user
 from servers.postfix import Postfix, is_accepted, refusal, send
-from servers.process import ROOT, run, wait_for_log
+from servers.process import run, wait_for_log
 
-SERVICE = "nobody"  # in the place of user saslquota: has nothing to do with Postfix either
 STRANGER = "daemon"
 NAME = "saslquota/policy"  # as Postfix names it: relative to its queue directory
-
-
-def as_user(name: str) -> list[str | Path]:
-    """The beginning of a command that shall run as this user, in its own group only."""
-    group = grp.getgrgid(pwd.getpwnam(name).pw_gid).gr_name
-    # The interpreter itself: the tests' virtual environment may be out of the user's reach.
-    python = Path(sys.executable).resolve()
-    return ["setpriv", f"--reuid={name}", f"--regid={group}", "--clear-groups", python]
-
-
-class Unprivileged(Daemon):
-    """A daemon that does not run as root, with nothing but its own directory to write to."""
-
-    def __init__(self, directory: Path, *arguments: object, **options: object) -> None:
-        super().__init__(directory, *arguments, **options)  # type: ignore[arg-type]
-        shutil.copy(ROOT / "saslquota.py", directory)
-        shutil.chown(directory, SERVICE)
-
-    def command(self) -> Sequence[str | Path]:
-        return [*as_user(SERVICE), self.directory / "saslquota.py", "-c", self.config_file]
 
 
 def make_directory(instance: Postfix) -> Path:

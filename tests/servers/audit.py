@@ -37,6 +37,11 @@ def entries(ledger: Database | Path) -> list[Entry]:
     return [Entry(a, int(seq), int(at), int(n), int(total), i) for a, seq, at, n, total, i in found]
 
 
+def count_rows(ledger: Database | Path, account: str = "") -> int:
+    """How many sends are in a ledger, of all accounts or of one."""
+    return sum(account in ("", row.account) for row in entries(ledger))
+
+
 def audit(
     rows: Sequence[Entry],
     accepted: Sequence[Sample],

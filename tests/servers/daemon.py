@@ -1,8 +1,9 @@
 """The daemon of a test, and Postfix's side of a connection to it."""
 
 import fcntl
+import grp
 import json
-import os
+import pwd
 import select
 import shutil
 import signal
@@ -99,35 +100,41 @@ class Daemon(Process):
         """End it without a chance to finish anything."""
         self.kill()
 
+    @property
+    def ledger(self) -> Path:
+        """The SQLite file, when the configuration names no other."""
+        return self.directory / "saslquota.db"
+
     def policy(self) -> "PolicyClient":
         """Open a connection as one smtpd process does."""
         return PolicyClient(self.port)
 
 
+SERVICE = "nobody"  # in the place of user saslquota
+
+
+def as_user(name: str) -> list[str | Path]:
+    """Begin a command of Python's that runs as this user, in its own group only."""
+    group = grp.getgrgid(pwd.getpwnam(name).pw_gid).gr_name
+    # The interpreter itself: the tests' virtual environment may be out of the user's reach.
+    python = Path(sys.executable).resolve()
+    return ["setpriv", f"--reuid={name}", f"--regid={group}", "--clear-groups", python]
+
+
 class Unprivileged(Daemon):
-    """A daemon that is not root, also when the tests are. It runs a copy of the script with the
-    system's Python, both of which everybody can read."""
+    """A daemon that is not root, also when the tests are, and that may write to nothing but its own
+    directory."""
 
     def __init__(self, directory: Path, *arguments: Any, **options: Any) -> None:
         super().__init__(directory, *arguments, **options)
-        config, rules = self.config_file.read_bytes(), (directory / "quotarules.json").read_bytes()
-        copy_shipped(directory)
-        self.config_file.write_bytes(config)
-        (directory / "quotarules.json").write_bytes(rules)
+        shutil.copy(ROOT / "saslquota.py", directory)
         if IS_ROOT:
             for path in [directory, *directory.iterdir()]:
-                os.chown(path, 65534, 65534)
+                shutil.chown(path, SERVICE)
 
     def command(self) -> Sequence[str | Path]:
-        drop = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
-        python = os.path.realpath(sys.executable)  # outside the virtual environment
-        command: list[str | Path] = [python, self.directory / "saslquota.py"]
-        command += ["-c", self.config_file]
-        return [*drop, *command] if IS_ROOT else command
-
-
-def ledger(daemon: Daemon) -> Path:
-    return daemon.directory / "saslquota.db"
+        python = as_user(SERVICE) if IS_ROOT else [sys.executable]
+        return [*python, self.directory / "saslquota.py", "-c", self.config_file]
 
 
 class PolicyClient:

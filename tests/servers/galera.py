@@ -1,6 +1,5 @@
 """A Galera cluster of three nodes on loopback."""
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import ClassVar, Self
 from servers.clock import faked_clock, libfaketime, set_clock
 from servers.mariadb import Database, MariaDB
 from servers.ports import LOOPBACK, free_port
-from servers.process import IS_ROOT, wait_for
+from servers.process import wait_for
 
 LIBGALERA = Path("/usr/lib/galera/libgalera_smm.so")
 
@@ -38,12 +37,8 @@ class GaleraNode(MariaDB):
     def _install(self) -> None:
         if self.number == 1:
             super()._install()
-            return
-        data = self.directory / "data"
-        data.mkdir()
-        if IS_ROOT:
-            shutil.chown(self.directory, "mysql")
-            shutil.chown(data, "mysql")
+        else:
+            self._make_directories("data")
 
     def command(self) -> Sequence[str | Path]:
         others = [node for node in self.members if node is not self and node.running]

@@ -38,10 +38,6 @@ class Database:
         """Run SQL in this database as the administrator."""
         return self.server.sql(text, self.name)
 
-    def count(self, account: str) -> int:
-        """Return how many rows the account has."""
-        return int(self.sql(f"SELECT COUNT(*) FROM sends WHERE account = '{account}'"))
-
 
 class MariaDB(Process):
     """A private MariaDB server, with every commit on disk.
@@ -54,33 +50,49 @@ class MariaDB(Process):
         self.port = free_port()
         self.socket = directory / "mariadb.sock"
         self._databases = 0
+        self._make_directories("tmp")
         self._install()
 
     def _install(self) -> None:
-        command = [
-            "mariadb-install-db",
+        run(
+            [
+                "mariadb-install-db",
+                *self._options(),
+                "--auth-root-authentication-method=normal",
+                "--skip-test-db",
+            ]
+        )
+
+    def _make_directories(self, *names: str) -> None:
+        """Make these, of the server's own user, who gets ours, too."""
+        for path in (self.directory, *(self.directory / name for name in names)):
+            path.mkdir(exist_ok=True)
+            if IS_ROOT:
+                shutil.chown(path, "mysql")
+
+    def _options(self) -> list[str]:
+        """Options for the server and for its installation.
+
+        Each has a tmpdir of its own: a server that starts deletes what looks like a forgotten
+        temporary table there, and another one may be using it.
+        """
+        options = [
             "--no-defaults",
             f"--datadir={self.directory / 'data'}",
-            "--auth-root-authentication-method=normal",
-            "--skip-test-db",
+            f"--tmpdir={self.directory / 'tmp'}",
         ]
-        if IS_ROOT:
-            shutil.chown(self.directory, "mysql")
-            command.append("--user=mysql")
-        run(command)
+        return [*options, "--user=mysql"] if IS_ROOT else options
 
     def command(self) -> Sequence[str | Path]:
-        command = [
+        return [
             "mariadbd",
-            "--no-defaults",
-            f"--datadir={self.directory / 'data'}",
+            *self._options(),
             f"--socket={self.socket}",
             f"--pid-file={self.directory / 'mariadb.pid'}",
             f"--bind-address={LOOPBACK}",
             f"--port={self.port}",
             "--innodb-flush-log-at-trx-commit=1",
         ]
-        return [*command, "--user=mysql"] if IS_ROOT else command
 
     def environment(self) -> dict[str, str]:
         return clean_environment() | {"TZ": "BRT3"}

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol, Self, TypeVar
+from typing import NamedTuple, Protocol, Self, TypeVar
 
 ROOT = Path(__file__).resolve().parents[2]
 IS_ROOT = os.geteuid() == 0
@@ -163,3 +163,18 @@ class Process:
 
     def __exit__(self, *_error: object) -> None:
         self.stop()
+
+
+class Footprint(NamedTuple):
+    """What a process takes of the machine."""
+
+    threads: int
+    descriptors: int
+    memory: int  # KiB
+
+    @classmethod
+    def of(cls, process: Process) -> "Footprint":
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        found = dict(re.findall(r"(Threads|VmRSS):\s+(\d+)", status))
+        descriptors = len(os.listdir(f"/proc/{process.pid}/fd"))
+        return cls(int(found["Threads"]), descriptors, int(found["VmRSS"]))
