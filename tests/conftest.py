@@ -16,7 +16,7 @@ from types import FrameType
 import pytest
 from fleet import Fleet, StartFleet
 from helpers import StartDaemon, StartPostfix, StartSupervisor, require
-from servers.daemon import Daemon
+from servers.daemon import Daemon, copy_shipped
 from servers.mariadb import Database, MariaDB
 from servers.postfix import Postfix
 from servers.supervisor import Supervisor
@@ -165,3 +165,9 @@ def fleet(tmp_path: Path) -> Iterator[StartFleet]:
     yield make
     for one in made:
         one.close()
+
+
+@pytest.fixture
+def shipped(new_directory: Callable[[], Path]) -> Path:
+    """The files of a fresh clone."""
+    return copy_shipped(new_directory())

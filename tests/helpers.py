@@ -1,6 +1,9 @@
 """What several test files need, and that is not a server."""
 
+import json
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +13,7 @@ import pytest
 from servers.daemon import Daemon
 from servers.mariadb import Database
 from servers.postfix import Postfix
-from servers.process import IS_ROOT
+from servers.process import IS_ROOT, ROOT, clean_environment
 from servers.supervisor import Supervisor
 
 from saslquota import (
@@ -60,6 +63,26 @@ def example_files(kind: str) -> list[Path]:
     found = sorted((EXAMPLES / kind).glob("*.json"))
     assert found, kind
     return found
+
+
+def saslquota_py(*arguments: str | Path, **environ: object) -> tuple[int, list[str]]:
+    """Exit status and lines of a run that must end by itself, and never with a traceback."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "saslquota.py", *arguments],
+        env=clean_environment(environ),
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.stderr == ""
+    return done.returncode, done.stdout.splitlines()
+
+
+def write_config(directory: Path, **settings: object) -> None:
+    """Change some settings of saslquota.json."""
+    path = directory / "saslquota.json"
+    found = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps({**found, **settings}), "utf-8")
 
 
 def quota(msgquota: int, period: int = 3600) -> dict[str, object]:

@@ -81,19 +81,6 @@ def test_the_shipped_file() -> None:
     assert config.quotafile == "quotarules.json"
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    missing = tmp_path / "missing.json"
-    assert refusal(missing) == f"{missing}: cannot be read: No such file or directory"
-    assert refusal(tmp_path) == f"{tmp_path}: cannot be read: Is a directory"
-
-
-@pytest.mark.parametrize("opening", ["[", '{"_bind":'])
-def test_a_file_that_is_nested_too_deep(tmp_path: Path, opening: str) -> None:
-    path = tmp_path / "deep.json"
-    path.write_text(opening * 200_000, "utf-8")
-    assert refusal(path) == f"{path}: nested too deep"
-
-
 def test_paths_are_relative_to_the_file_that_names_them(tmp_path: Path) -> None:
     config = load_config(written(tmp_path), {})
     assert config.beside(config.sqlitefile) == tmp_path / "saslquota.db"
