@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from servers.daemon import Daemon
@@ -21,10 +22,13 @@ from saslquota import (
     Charge,
     Committer,
     Config,
+    Debit,
+    Ledger,
     Message,
-    Part,
+    Outage,
     Policy,
     Request,
+    RulesFile,
     Verdict,
     Window,
 )
@@ -100,24 +104,54 @@ def mysql_config(database: Database, **changes: object) -> Config:
 
 def lone_charge(account: str, cost: int, instance: str, windows: tuple[Window, ...]) -> Charge:
     """Return a send of a sender above whom there is no pool."""
-    return Charge(instance, (Part(account, cost, windows),))
+    return Charge(instance, (Debit(account, cost, windows),))
+
+
+def new_committer(ledger: Ledger, timeout: float) -> Committer:
+    """Return a committer that has not been started."""
+    return Committer(ledger, timeout, Outage("the test waits"))
+
+
+class Reply:
+    """What a committer calls with its verdict; it must do so once."""
+
+    def __init__(self) -> None:
+        self.verdicts: list[Verdict | None] = []
+        self._come = threading.Event()
+
+    def __call__(self, verdict: Verdict | None) -> None:
+        self.verdicts.append(verdict)
+        self._come.set()
+
+    def wait(self, timeout: float = 60) -> Verdict | None:
+        assert self._come.wait(timeout), "no verdict"
+        (verdict,) = self.verdicts
+        return verdict
 
 
 def submit(committer: Committer, charge: Charge) -> Verdict | None:
-    """Return what is delivered; it must be one verdict."""
-    verdicts: list[Verdict | None] = []
-    if job := committer.submit(charge, verdicts.append):
-        job.wait()
-    (verdict,) = verdicts
-    return verdict
+    """Return the verdict."""
+    reply = Reply()
+    committer.submit(charge, reply)
+    return reply.wait()
 
 
-def check(policy: Policy, request: Request, message: Message | None = None) -> Answer:
-    """Return what is delivered; it must be one answer."""
-    answers: list[Answer] = []
-    if job := policy.check(request, message or Message(), answers.append):
-        job.wait()
-    (answer,) = answers
+class Decider(NamedTuple):
+    """A policy with a committer, put together as a connection does."""
+
+    policy: Policy
+    rules: RulesFile
+    committer: Committer
+
+
+def check(decider: Decider, request: Request, message: Message | None = None) -> Answer:
+    """Return the answer to a request on a connection that remembers a message."""
+    message = message or Message()
+    charge = decider.policy.charge(request, message)
+    if isinstance(charge, Answer):
+        return charge
+    answer = decider.policy.answer(submit(decider.committer, charge), message)
+    message.remember(answer)
     return answer
 
 

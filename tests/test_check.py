@@ -227,3 +227,15 @@ def test_any_terminal_will_do(shipped: Path, encoding: str) -> None:
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert len(done.stdout.splitlines()) == 3
+
+
+def test_check_warns_of_a_rule_that_is_never_selected(shipped: Path) -> None:
+    """Which does not keep the daemon from starting."""
+    rules = {"default": {"period": 60, "msgquota": 9}, "*a*.com": {}, "a*.com": {}, "b*.com": {}}
+    path = shipped / "quotarules.json"
+    path.write_text(json.dumps(rules), "utf-8")
+    status, lines = check(shipped)
+    assert status == 0
+    assert [line for line in lines if "warning" in line] == [
+        f'{path}: warning: "a*.com" is never selected, "*a*.com" comes first and matches as much'
+    ]

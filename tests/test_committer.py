@@ -2,26 +2,38 @@
 
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
-from helpers import DAY, lone_charge, mysql_config, submit
-from servers.audit import count_rows
-from servers.disk import locked
+from helpers import DAY, Reply, lone_charge, mysql_config, new_committer, submit
+from servers.audit import count_rows, entries
 from servers.mariadb import Database, session
-from servers.process import wait_for
+from servers.process import pause, wait_for
 
-from saslquota import Charge, Committer, Ledger, MySQLStore, Part, SQLiteStore, Verdict, Window
+import saslquota
+from saslquota import (
+    AccountsLocked,
+    Charge,
+    Committer,
+    Debit,
+    Entry,
+    Ledger,
+    MySQLStore,
+    SQLiteStore,
+    Unavailable,
+    Verdict,
+    Window,
+)
 
 HOUR = (Window(3600, 2),)
 
 
 @contextmanager
 def running(path: Path, timeout: float = 10) -> Iterator[Committer]:
-    committer = Committer(Ledger(SQLiteStore(path, 1), 30 * DAY), timeout)
+    committer = new_committer(Ledger(SQLiteStore(path, 1), 30 * DAY), timeout)
     committer.start()
     try:
         yield committer
@@ -47,8 +59,8 @@ def test_a_refusal_is_repeated_without_the_ledger(
 ) -> None:
     assert [ask(committer).accepted for _ in range(3)] == [True, True, False]
     monkeypatch.setattr(committer._ledger, "charge", pytest.fail)
-    until = ask(committer).until
-    assert ask(committer) == ask(committer, n=5)
+    until = ask(committer).repeatable_until
+    assert ask(committer) == ask(committer)
     assert time.monotonic() < until <= time.monotonic() + 1
 
 
@@ -57,22 +69,21 @@ def test_a_smaller_charge_is_not_refused_for_a_larger_one(committer: Committer) 
     assert ask(committer, n=2).accepted
 
 
-def test_a_larger_charge_is_told_its_own_moment(committer: Committer) -> None:
-    """And one that may meet another window is looked at."""
+def test_a_larger_charge_is_decided_by_itself(committer: Committer) -> None:
     windows = (Window(3600, 2, msg="{retry_after}"),)
     assert [ask(committer, windows).accepted for _ in range(3)] == [True, True, False]
     first = ask(committer, windows)
-    assert first.retry is not None
+    assert first.retry_at is not None
     assert first == ask(committer, windows)
-    assert ask(committer, windows, n=3).retry == float("inf")
+    assert ask(committer, windows, n=3).retry_at == float("inf")
     several = (Window(60, 3), Window(3600, 4))
     assert ask(committer, several, n=2).window == several[0]
     assert ask(committer, several, n=3).window == several[1]
 
 
 def test_a_refusal_by_a_pool_is_none_without_it(committer: Committer) -> None:
-    full = Part("POOL *", 1, (Window(3600, 0),))
-    own = Part("a", 1, HOUR)
+    full = Debit("POOL *", 1, (Window(3600, 0),))
+    own = Debit("a", 1, HOUR)
     refused = submit(committer, Charge("", (own, full)))
     assert refused
     assert not refused.accepted
@@ -106,137 +117,239 @@ def test_another_daemons_reset_ends_the_refusals(tmp_path: Path) -> None:
         wait_for(lambda: ask(committer).accepted, 5, "the reset is noticed")
 
 
-def test_whoever_waits_when_it_gives_up_gets_the_fallback(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.db"
-    with running(path, timeout=30) as committer, ThreadPoolExecutor(3) as pool:
+class Stuck:
+    """Keeps a committer in its ledger, before it charges anything."""
+
+    def __init__(self, committer: Committer) -> None:
+        self.entered, self.go_on = threading.Event(), threading.Event()
+        self.batches: list[int] = []
+        self._charge = committer._ledger.charge
+        committer._ledger.charge = self.charge  # type: ignore[method-assign, assignment]
+
+    def charge(
+        self, charges: list[Charge], deadline: float, is_wanted: Callable[[int], bool]
+    ) -> list[Verdict]:
+        self.batches.append(len(charges))
+        self.entered.set()
+        assert self.go_on.wait(20)
+        return self._charge(charges, deadline, is_wanted)
+
+
+def one_of(name: str) -> Charge:
+    return lone_charge(name, 1, "", HOUR)
+
+
+def test_everybody_who_waits_when_it_gives_up_gets_the_fallback(tmp_path: Path) -> None:
+    with running(tmp_path / "ledger.db", timeout=30) as committer:
         ask(committer)
-        with locked(path):
-            waiting = [
-                pool.submit(submit, committer, lone_charge(name, 1, "", HOUR))
-                for name in ("b", "c", "d")
-            ]
-            wait_for(lambda: committer._at_work.locked(), 5, "the ledger is at work")
-            committer.give_up()
-            assert [future.result(10) for future in waiting] == [None] * 3
+        stuck, replies = Stuck(committer), [Reply(), Reply(), Reply()]
+        committer.submit(one_of("b"), replies[0])
+        assert stuck.entered.wait(5)
+        for reply in replies[1:]:
+            committer.submit(one_of("c"), reply)
+        committer.give_up()
+        assert [reply.wait(5) for reply in replies] == [None] * 3
+        stuck.go_on.set()
 
 
-def test_the_first_answer_counts(tmp_path: Path) -> None:
-    """That of a store that is stuck comes too late."""
-    path = tmp_path / "ledger.db"
-    verdicts: list[Verdict | None] = []
-    with running(path, timeout=1) as committer, ThreadPoolExecutor(1) as pool:
+def test_nobody_waits_longer_than_the_timeout(tmp_path: Path) -> None:
+    """For a ledger that is stuck; what comes next has its fallback at once, also when the verdicts
+    come at last."""
+    with running(tmp_path / "ledger.db", timeout=1) as committer:
         ask(committer)
-        with locked(path):
-            pool.submit(submit, committer, lone_charge("b", 1, "", HOUR))
-            wait_for(lambda: committer._at_work.locked(), 5, "the ledger is at work")
-            job = committer.submit(lone_charge("c", 1, "", HOUR), verdicts.append)
-            assert job
-            start = time.monotonic()
-            job.wait()
-            assert 0.5 < time.monotonic() - start < 5
-            assert verdicts == [None]
-        job.answer(Verdict(True, 1, HOUR[0]))
-        wait_for(lambda: submit(committer, lone_charge("d", 1, "", HOUR)), 10, "it counts again")
-    assert verdicts == [None]
+        stuck, first, second, third = Stuck(committer), Reply(), Reply(), Reply()
+        start = time.monotonic()
+        committer.submit(one_of("b"), first)
+        assert stuck.entered.wait(5)
+        committer.submit(one_of("c"), second)
+        assert [first.wait(), second.wait()] == [None, None]
+        assert 0.9 < time.monotonic() - start < 5
+        assert committer.submit(one_of("d"), third) is None
+        assert third.verdicts == [None]
+        stuck.go_on.set()
+        wait_for(lambda: submit(committer, one_of("e")), 10, "it counts again")
+        assert [first.verdicts, second.verdicts] == [[None], [None]]
 
 
-def test_a_bug_in_a_reply_costs_only_that_reply(committer: Committer) -> None:
-    """Whichever thread meets it: whoever waits for the reply is told."""
+def test_what_was_given_up_is_not_written(tmp_path: Path) -> None:
+    """Neither at its deadline nor when its connection is lost."""
+    path = tmp_path / "ledger.db"
+    with running(path, timeout=1) as committer:
+        ask(committer)
+        stuck, lost, reply = Stuck(committer), Reply(), Reply()
+        pending = committer.submit(one_of("lost"), lost)
+        assert stuck.entered.wait(5)
+        assert pending
+        assert pending.give_up()
+        assert not pending.give_up()
+        committer.submit(one_of("late"), reply)
+        assert reply.wait() is None
+        stuck.go_on.set()
+        wait_for(lambda: submit(committer, one_of("e")), 10, "it counts again")
+        assert lost.verdicts == []
+    assert {entry.account for entry in entries(path)} == {"a", "e"}
 
-    def broken(_: Verdict | None) -> None:
-        raise ZeroDivisionError
 
-    with committer._at_work:  # so that it is the committer's thread
-        job = committer.submit(lone_charge("b", 1, "", HOUR), broken)
-    assert job
-    with pytest.raises(ZeroDivisionError):
-        job.wait()
-    wait_for(lambda: not committer._wanted, 5, "the ledger is free")
-    with pytest.raises(ZeroDivisionError):
-        committer.submit(lone_charge("c", 1, "", HOUR), broken)
+def test_a_batch_that_ends_late_begins_an_outage(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though each of its charges was answered in time, by the watchdog."""
+    monkeypatch.setattr(saslquota.log, "propagate", True)
+    with running(tmp_path / "ledger.db", timeout=1) as committer:
+        ask(committer)
+        append = committer._ledger._store.append
+        written = threading.Event()
+
+        def slow(entries: Sequence[Entry]) -> None:
+            append(entries)
+            if not written.is_set():
+                written.set()
+                pause(1.5)
+
+        monkeypatch.setattr(committer._ledger._store, "append", slow)
+        assert submit(committer, one_of("b")) is None
+        wait_for(lambda: submit(committer, one_of("c")), 10, "it counts again")
+    begin, end = (
+        "database unavailable, the test waits (_onfailure) until it is back: timed out",
+        ("sends are counted again"),
+    )
+    assert 0 <= caplog.text.find(begin) < caplog.text.find(end)
+
+
+def test_a_bug_in_the_ledger_costs_one_batch(
+    committer: Committer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saslquota.log, "propagate", True)
     assert ask(committer).used == 1
 
-
-def test_one_that_is_stuck_in_the_ledger_gets_the_fallback_too(tmp_path: Path) -> None:
-    with running(tmp_path / "ledger.db", timeout=1) as committer, ThreadPoolExecutor(1) as pool:
-        ask(committer)
-        charge, stuck, go_on = committer._ledger.charge, threading.Event(), threading.Event()
-
-        def slow(charges: list[Charge], deadline: float) -> list[Verdict]:
-            stuck.set()
-            assert go_on.wait(20)
-            return charge(charges, deadline)
-
-        committer._ledger.charge = slow  # type: ignore[method-assign, assignment]
-        verdicts: list[Verdict | None] = []
-        future = pool.submit(committer.submit, lone_charge("b", 1, "", HOUR), verdicts.append)
-        assert stuck.wait(5)
-        wait_for(lambda: verdicts, 10, "the fallback")
-        assert not future.done()
-        go_on.set()
-        assert future.result(10) is None
-        assert verdicts == [None]
-
-
-def test_what_the_committer_has_in_hand_gets_the_fallback_at_the_end(tmp_path: Path) -> None:
-    with running(tmp_path / "ledger.db", timeout=30) as committer:
-        verdicts: list[Verdict | None] = []
-        with committer._at_work:
-            committer.submit(lone_charge("b", 1, "", HOUR), verdicts.append)
-            wait_for(lambda: committer._taken, 5, "the committer waits for the ledger")
-            committer.give_up()
-            assert verdicts == [None]
-
-
-def test_a_bug_in_the_ledger_costs_only_fallbacks(
-    committer: Committer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ask(committer)
-
-    def broken(*_: object) -> list[Verdict]:
+    def broken(*_: object, **_options: object) -> int:
         raise ZeroDivisionError
 
     with monkeypatch.context() as patch:
-        patch.setattr(committer._ledger, "charge", broken)
-        assert submit(committer, lone_charge("b", 1, "", HOUR)) is None
-        assert submit(committer, lone_charge("b", 1, "", HOUR)) is None
-    assert committer.is_alive()
-    wait_for(lambda: submit(committer, lone_charge("b", 1, "", HOUR)), 10, "it counts again")
+        patch.setattr(committer._ledger._accounts, "refresh", broken)
+        assert submit(committer, one_of("a")) is None
+        assert submit(committer, one_of("a")) is None
+    assert ask(committer).used == 2
+    assert "Traceback" in caplog.text
+    assert "in broken" in caplog.text
 
 
-def test_a_batch_forms_while_another_is_under_way(
+def test_a_bug_in_a_chore_costs_nothing(
     committer: Committer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    charge, batches, go_on = committer._ledger.charge, list[int](), threading.Event()
-
-    def slow(charges: list[Charge], deadline: float) -> list[Verdict]:
-        batches.append(len(charges))
-        assert go_on.wait(10)
-        return charge(charges, deadline)
-
     ask(committer)
-    monkeypatch.setattr(committer._ledger, "charge", slow)
-    with ThreadPoolExecutor(21) as pool:
-        first = pool.submit(submit, committer, lone_charge("b", 1, "", HOUR))
-        wait_for(lambda: batches, 5, "the first is under way")
-        charges = [lone_charge(f"user{n}", 1, "", HOUR) for n in range(20)]
-        others = [pool.submit(submit, committer, one) for one in charges]
-        wait_for(lambda: committer._jobs.qsize() >= 19, 5, "the others wait")
-        go_on.set()
-        assert all(future.result(10) for future in [first, *others])
-    assert batches == [1, 20]
+    purges = threading.Event()
+
+    def broken() -> bool:
+        purges.set()
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(committer._ledger, "purge", broken)
+    committer._next_purge_at = 0.0
+    assert submit(committer, one_of("b"))
+    assert purges.wait(10)
+    assert submit(committer, one_of("b"))
+
+
+def test_a_bug_in_the_watchdog_does_not_end_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(tmp_path / "ledger.db", timeout=1) as committer:
+        ask(committer)
+        stuck, bugs = Stuck(committer), threading.Event()
+
+        def broken() -> None:
+            bugs.set()
+            raise ZeroDivisionError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(committer._outage, "remind", broken)
+            assert bugs.wait(5)
+        reply = Reply()
+        committer.submit(one_of("b"), reply)
+        assert reply.wait() is None
+        stuck.go_on.set()
+
+
+def test_a_batch_forms_while_another_is_under_way(committer: Committer) -> None:
+    ask(committer)
+    stuck, first = Stuck(committer), Reply()
+    committer.submit(one_of("b"), first)
+    assert stuck.entered.wait(5)
+    others = [Reply() for _ in range(20)]
+    for number, reply in enumerate(others):
+        committer.submit(one_of(f"user{number}"), reply)
+    stuck.go_on.set()
+    assert all(reply.wait() for reply in [first, *others])
+    assert stuck.batches == [1, 20]
 
 
 def test_nobody_waits_for_a_store_that_is_known_to_be_down(tmp_path: Path) -> None:
-    committer = Committer(Ledger(SQLiteStore(tmp_path / "none" / "x.db", 1), 30 * DAY), 30)
+    committer = new_committer(Ledger(SQLiteStore(tmp_path / "none" / "x.db", 1), 30 * DAY), 30)
     committer.start()
-    assert submit(committer, lone_charge("a", 1, "", HOUR)) is None
+    assert submit(committer, one_of("a")) is None
     start = time.monotonic()
-    assert [submit(committer, lone_charge("a", 1, "", HOUR)) for _ in range(100)] == [None] * 100
+    assert [submit(committer, one_of("a")) for _ in range(100)] == [None] * 100
     assert time.monotonic() - start < 5
     (tmp_path / "none").mkdir()
-    wait_for(lambda: submit(committer, lone_charge("a", 1, "", HOUR)), 10, "the store is there")
+    wait_for(lambda: submit(committer, one_of("a")), 10, "the store is there")
     committer.stop(10)
+
+
+def test_an_outage_is_logged_at_once_and_every_minute(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often the store fails meanwhile; its end once."""
+    now = 1000.0
+    monkeypatch.setattr(saslquota.log, "propagate", True)
+    monkeypatch.setattr("saslquota.time.monotonic", lambda: now)
+    outage = saslquota.Outage("mail passes uncounted")
+    for now in (1000.0, 1001.0, 1059.0, 1060.0, 1061.0):
+        outage.begin(Unavailable(f"reason {now}"))
+        outage.try_again()
+        outage.remind()  # of nothing: it may be up
+    outage.end()
+    outage.end()
+    assert [record.getMessage() for record in caplog.records] == [
+        "database unavailable, mail passes uncounted (_onfailure) until it is back: reason 1000.0",
+        "database unavailable, mail passes uncounted (_onfailure) until it is back: reason 1060.0",
+        "sends are counted again",
+    ]
+
+
+def test_what_a_charge_needs_of_a_locked_account_falls_back_at_once(
+    committer: Committer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All others are counted; when the lock has gone the account is, too."""
+    ask(committer)
+    held = {"locked"}
+    charge = committer._ledger.charge
+
+    def meets_locks(charges: list[Charge], *rest: Any) -> list[Verdict]:
+        names = {debit.account for one in charges for debit in one.debits} & held
+        if names:
+            raise AccountsLocked([Entry(name, 1, 1, 1, 1, 1, "", 1) for name in names])
+        return charge(charges, *rest)
+
+    monkeypatch.setattr(committer._ledger, "charge", meets_locks)
+    monkeypatch.setattr(
+        committer._ledger, "still_locked", lambda found: [e for e in found if e.account in held]
+    )
+    stuck = Stuck(committer)
+    replies = {name: Reply() for name in ("first", "locked", "free", "pooled")}
+    for name, reply in replies.items():
+        if name == "pooled":
+            debits = (Debit("x", 1, HOUR), Debit("locked", 1, HOUR))
+            committer.submit(Charge("", debits), reply)
+        else:
+            committer.submit(one_of(name), reply)
+        assert stuck.entered.wait(5)
+    stuck.go_on.set()
+    got = {name: reply.wait() is not None for name, reply in replies.items()}
+    assert got == {"first": True, "locked": False, "free": True, "pooled": False}
+    assert submit(committer, one_of("locked")) is None
+    held.clear()
+    wait_for(lambda: submit(committer, one_of("locked")), 10, "it is counted again")
 
 
 def test_a_purge_goes_on_beside_the_requests(
@@ -249,12 +362,12 @@ def test_a_purge_goes_on_beside_the_requests(
     for _ in range(3):
         ledger.charge([lone_charge("a", 1, "", windows)] * 400, time.monotonic() + 10)
     ledger.close()
-    committer = Committer(Ledger(SQLiteStore(path, 1), 1), 10)
+    committer = new_committer(Ledger(SQLiteStore(path, 1), 1), 10)
     committer.start()
 
     def worked() -> bool:
         assert submit(committer, lone_charge("b", 1, "", windows))
-        committer._due = 0.0  # the next purge is due
+        committer._next_purge_at = 0.0
         return count_rows(path, "a") < 1000
 
     wait_for(worked, 20, "old sends are purged")
@@ -265,7 +378,7 @@ def test_a_purge_that_meets_a_lock_holds_nobody_up_again(database: Database) -> 
     for key in ("'a', 1", "'a', 2", "'b', 1"):  # of b so that no lock on a gap is in its way
         database.sql(f"INSERT INTO sends VALUES ({key}, 1, '2000-01-01', 1, 1, '', 1)")
     ledger = Ledger(MySQLStore(mysql_config(database)), 30 * DAY)
-    committer = Committer(ledger, 10)
+    committer = new_committer(ledger, 10)
     with session(database.server, database.name) as admin:
         admin.execute("BEGIN")
         admin.execute("SELECT * FROM sends FORCE INDEX (PRIMARY) WHERE account = 'a' FOR UPDATE")

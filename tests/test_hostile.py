@@ -266,9 +266,9 @@ def test_changed_rules_are_read_when_descriptors_are_free_again(daemon: StartDae
         used = max(int(name) for name in os.listdir(f"/proc/{running.pid}/fd")) + 1
         resource.prlimit(running.pid, resource.RLIMIT_NOFILE, (used, hard[1]))
         running.write_rules({"default": {"period": 60, "msgquota": 1, "msg": "new"}})
-        wait_for_log(running, "rules not read")
+        wait_for_log(running, "rules not reloaded")
         resource.prlimit(running.pid, resource.RLIMIT_NOFILE, hard)
-        wait_for_log(running, "rules read again")
+        wait_for_log(running, "rules reloaded")
         assert policy.ask() == "REJECT new"
 
 

@@ -18,6 +18,7 @@ from servers.daemon import Daemon, PolicyClient
 from servers.ports import LOOPBACK
 from servers.process import wait_for_log
 
+import saslquota
 from saslquota import Config, log_handler, printable
 
 MAIL = 2 << 3  # syslog's facility
@@ -277,10 +278,11 @@ def test_the_terminal_gets_the_start_up_lines_only(
     running = daemon(to_socket(path), RULES)
     assert ask(running, OWNERS) == ["OK"]
     wait_for_log(syslog, "thread stopped")
-    listening, counting, rules = running.log().splitlines()
+    listening, counting, rules, logging = running.log().splitlines()
     assert f"listening on 127.0.0.1:{running.port}" in listening
     assert f"counting in SQLite {running.directory}/saslquota.db" in counting
     assert f"{running.directory}/quotarules.json: default 1500 in 86400 s; one.br 1" in rules
+    assert logging == f"logging to syslog, facility mail: {path}"
 
 
 # --- Values from the network ----------------------------------------------------------------------
@@ -433,24 +435,29 @@ def test_nobody_listens_over_udp(daemon: StartDaemon, open_syslog: Callable[...,
 # --- Which log ------------------------------------------------------------------------------------
 
 
+TO_SYSLOG = "syslog, facility mail: "
+
+
 @pytest.mark.parametrize(
-    ("exists", "settings", "target"),
+    ("exists", "settings", "where"),
     [
-        (True, {}, "/dev/log"),
-        (False, {}, ""),
-        (True, {"loghandler": "stdout"}, ""),
-        (True, {"loghandler": "stdout", "logaddress": "192.0.2.1"}, ""),
-        (False, {"logaddress": "/dev/log"}, "/dev/log"),
-        (False, {"logaddress": "/run/log"}, "/run/log"),
-        (False, {"logaddress": "127.0.0.1"}, "127.0.0.1"),
+        (True, {}, TO_SYSLOG + "/var/log/mail.log or journalctl --facility=mail"),
+        (True, {"logfacility": "local3"}, "syslog, facility local3: journalctl --facility=local3"),
+        (False, {}, "stdout, no /dev/log"),
+        (True, {"loghandler": "stdout"}, "stdout"),
+        (True, {"loghandler": "stdout", "logaddress": "192.0.2.1"}, "stdout"),
+        (False, {"logaddress": "/run/log"}, TO_SYSLOG + "/run/log"),
+        (False, {"logaddress": "127.0.0.1"}, TO_SYSLOG + "127.0.0.1"),
     ],
 )
 def test_which_log(
-    monkeypatch: pytest.MonkeyPatch, exists: bool, settings: dict[str, Any], target: str
+    monkeypatch: pytest.MonkeyPatch, exists: bool, settings: dict[str, Any], where: str
 ) -> None:
+    """The start-up line says where an administrator finds it."""
     monkeypatch.setattr("os.path.exists", lambda path: exists if path == "/dev/log" else None)
-    handler, where = log_handler(Config(path=Path("saslquota.json"), **settings))
-    assert where == target
+    handler, place = log_handler(Config(path=Path("saslquota.json"), **settings))
+    assert place == where
+    assert isinstance(handler, saslquota.Syslog) is where.startswith("syslog")
     handler.close()
 
 

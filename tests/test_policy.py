@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import check
+from helpers import Decider, check, new_committer
 
 from saslquota import (
     Answer,
-    Committer,
     Config,
     Ledger,
     Message,
@@ -31,18 +30,16 @@ RULES = {
     "small.example": {"period": 3600, "msgquota": 1, "msg": "one is enough"},
     "none.example": {"period": 3600, "msgquota": 0, "msg": "never"},
 }
-Make = Callable[..., Policy]
+Make = Callable[..., Decider]
 
 
-def make_policy(
-    path: Path, content: dict[str, Any] = RULES, **settings: Any
-) -> tuple[Policy, RulesFile, Committer]:
+def make_decider(path: Path, content: dict[str, Any] = RULES, **settings: Any) -> Decider:
     (path / "quotarules.json").write_text(json.dumps(content), "utf-8")
     config = Config(path=path / "saslquota.json", store="sqlite", **settings)
     store = SQLiteStore(config.beside(config.sqlitefile), config.dbtimeout / 2)
-    committer = Committer(Ledger(store, config.retentiondays * 86400), config.dbtimeout)
+    committer = new_committer(Ledger(store, config.retentiondays * 86400), config.dbtimeout)
     rules = RulesFile(config.beside(config.quotafile), config.retentiondays * 86400)
-    return Policy(config, rules, committer), rules, committer
+    return Decider(Policy(config, rules), rules, committer)
 
 
 @pytest.fixture
@@ -50,17 +47,17 @@ def make(tmp_path: Path) -> Iterator[Make]:
     """Make policies with these settings; their committers run, and end with the test."""
     with ExitStack() as stack:
 
-        def start(rules: dict[str, Any] = RULES, **settings: Any) -> Policy:
-            policy, _, committer = make_policy(tmp_path, rules, **settings)
-            committer.start()
-            stack.callback(committer.stop, 10)
-            return policy
+        def start(rules: dict[str, Any] = RULES, **settings: Any) -> Decider:
+            decider = make_decider(tmp_path, rules, **settings)
+            decider.committer.start()
+            stack.callback(decider.committer.stop, 10)
+            return decider
 
         yield start
 
 
 @pytest.fixture
-def policy(make: Make) -> Policy:
+def policy(make: Make) -> Decider:
     return make()
 
 
@@ -113,7 +110,7 @@ def used(answer: Answer) -> int:
     ],
 )
 def test_what_a_request_costs(
-    policy: Policy, rows: Callable[[str], list[Any]], state: str, count: int, cost: int
+    policy: Decider, rows: Callable[[str], list[Any]], state: str, count: int, cost: int
 ) -> None:
     answer = check(policy, request(state=state, recipient_count=count))
     assert (answer.action, used(answer)) == ("OK", cost)
@@ -128,7 +125,7 @@ FREE = ["CONNECT", "EHLO", "HELO", "VRFY", "ETRN", "", "rcpt"]
 @pytest.mark.parametrize("nosasl", ["REJECT", "DUNNO"])
 def test_the_other_states_cost_nothing(tmp_path: Path, state: str, login: str, nosasl: str) -> None:
     """And are never refused: with smtpd_delay_reject=no nobody could log in any more."""
-    policy, *_ = make_policy(tmp_path, nosasl=nosasl)  # its committer never runs
+    policy = make_decider(tmp_path, nosasl=nosasl)  # its committer never runs
     assert check(policy, request(login, state)).action == "DUNNO"
 
 
@@ -138,25 +135,25 @@ def test_the_other_states_cost_nothing(tmp_path: Path, state: str, login: str, n
     ("nosasl", "action"), [("REJECT", "REJECT authentication required"), ("DUNNO", "DUNNO")]
 )
 def test_without_a_login(tmp_path: Path, state: str, login: str, nosasl: str, action: str) -> None:
-    policy, *_ = make_policy(tmp_path, nosasl=nosasl)
+    policy = make_decider(tmp_path, nosasl=nosasl)
     answer = check(policy, request(login, state))
     assert (answer.action, answer.verdict) == (action, None)
 
 
-def test_without_a_login_is_the_default_a_refusal(policy: Policy) -> None:
+def test_without_a_login_is_the_default_a_refusal(policy: Decider) -> None:
     assert check(policy, request("")).action == "REJECT authentication required"
 
 
 # --- The quota ------------------------------------------------------------------------------------
 
 
-def test_exactly_the_quota_passes(policy: Policy) -> None:
+def test_exactly_the_quota_passes(policy: Decider) -> None:
     answers = [check(policy, request()) for _ in range(12)]
     assert [a.action for a in answers] == ["OK"] * 10 + ["REJECT over quota"] * 2
     assert [used(a) for a in answers] == [*range(1, 11), 10, 10]
 
 
-def test_a_refused_send_is_not_counted(policy: Policy, rows: Callable[[str], list[Any]]) -> None:
+def test_a_refused_send_is_not_counted(policy: Decider, rows: Callable[[str], list[Any]]) -> None:
     """What fits after it still passes."""
     sizes = [(6, "OK"), (5, "REJECT over quota"), (4, "OK"), (1, "REJECT over quota")]
     for count, action in sizes:
@@ -164,17 +161,17 @@ def test_a_refused_send_is_not_counted(policy: Policy, rows: Callable[[str], lis
     assert rows("recipients, total") == [(6, 6), (4, 10)]
 
 
-def test_each_sender_has_a_quota_of_its_own(policy: Policy) -> None:
+def test_each_sender_has_a_quota_of_its_own(policy: Decider) -> None:
     assert [check(policy, request(f"{n}@small.example")).action for n in "abc"] == ["OK"] * 3
     assert check(policy, request("b@small.example")).action == "REJECT one is enough"
 
 
-def test_a_quota_of_nothing(policy: Policy, rows: Callable[[str], list[Any]]) -> None:
+def test_a_quota_of_nothing(policy: Decider, rows: Callable[[str], list[Any]]) -> None:
     assert check(policy, request("a@none.example")).action == "REJECT never"
     assert rows("*") == []
 
 
-def test_many_at_once_never_pass_the_quota(policy: Policy) -> None:
+def test_many_at_once_never_pass_the_quota(policy: Decider) -> None:
     actions: list[str] = []
 
     def send() -> None:
@@ -211,7 +208,7 @@ def test_the_count_outlives_the_daemon(make: Make) -> None:
     ],
 )
 def test_the_account(
-    policy: Policy, rows: Callable[[str], list[Any]], login: str, account: str
+    policy: Decider, rows: Callable[[str], list[Any]], login: str, account: str
 ) -> None:
     assert [used(check(policy, request(who))) for who in (login, account)] == [1, 2]
     assert rows("account, seq") == [(account, 1), (account, 2)]
@@ -228,7 +225,7 @@ def test_the_account(
     ],
 )
 def test_a_login_that_is_too_long(
-    policy: Policy, rows: Callable[[str], list[Any]], login: str
+    policy: Decider, rows: Callable[[str], list[Any]], login: str
 ) -> None:
     answer = check(policy, request(login))
     assert (answer.action, answer.verdict) == ("REJECT login name too long", None)
@@ -236,7 +233,7 @@ def test_a_login_that_is_too_long(
     assert rows("account") == [("bob",)]
 
 
-def test_logins_that_are_no_utf_8_are_told_apart(policy: Policy) -> None:
+def test_logins_that_are_no_utf_8_are_told_apart(policy: Decider) -> None:
     logins = ["jo\udce3o@small.example", "jo\udce4o@small.example", "joo@small.example"]
     assert [check(policy, request(login)).action for login in logins] == ["OK"] * 3
 
@@ -252,13 +249,13 @@ def test_logins_that_are_no_utf_8_are_told_apart(policy: Policy) -> None:
     ],
 )
 def test_the_instance(
-    policy: Policy, rows: Callable[[str], list[Any]], sent: str, kept: str
+    policy: Decider, rows: Callable[[str], list[Any]], sent: str, kept: str
 ) -> None:
     assert check(policy, request(instance=sent)).action == "OK"
     assert rows("instance") == [(kept,)]
 
 
-def test_the_largest_count_passes(policy: Policy, rows: Callable[[str], list[Any]]) -> None:
+def test_the_largest_count_passes(policy: Decider, rows: Callable[[str], list[Any]]) -> None:
     answer = check(policy, request(state="DATA", recipient_count=1_000_000))
     assert answer.action == "REJECT over quota"
     assert rows("*") == []
@@ -296,26 +293,26 @@ def test_the_action_when_the_store_cannot_be_used(
 
 def test_a_rule_changes_while_it_runs(tmp_path: Path) -> None:
     """Also its period: what was sent before still counts."""
-    policy, rules, committer = make_policy(tmp_path)
-    committer.start()
+    policy = make_decider(tmp_path)
+    policy.committer.start()
     assert [check(policy, request("a@small.example")).action for _ in range(2)] == [
         "OK",
         "REJECT one is enough",
     ]
     changed = {**RULES, "small.example": {"period": 7200, "msgquota": 2, "msg": "two are enough"}}
     (tmp_path / "quotarules.json").write_text(json.dumps(changed), "utf-8")
-    rules.reload()
+    policy.rules.reload()
     assert [check(policy, request("a@small.example")).action for _ in range(2)] == [
         "OK",
         "REJECT two are enough",
     ]
-    committer.stop(10)
+    policy.committer.stop(10)
 
 
 # --- What the log tells of it ---------------------------------------------------------------------
 
 
-def test_the_line_of_an_accepted_send(policy: Policy) -> None:
+def test_the_line_of_an_accepted_send(policy: Decider) -> None:
     sent = request("Alice@Example.com", recipient="b@y.br")
     assert verdict_line(sent, check(policy, sent)) == (
         "sasl_username=Alice@Example.com, rcpt=b@y.br, rule=default, quota 1/10 (10.00%),"
@@ -328,7 +325,7 @@ def test_the_line_of_an_accepted_send(policy: Policy) -> None:
     ("login", "quota"),
     [("a@none.example", "0/0 (100.00%)"), ("a@small.example", "1/1 (100.00%)")],
 )
-def test_the_line_of_a_refused_send(policy: Policy, login: str, quota: str) -> None:
+def test_the_line_of_a_refused_send(policy: Decider, login: str, quota: str) -> None:
     sent = request(login)
     check(policy, sent)
     answer = check(policy, sent)
@@ -346,7 +343,7 @@ HOUR = {"period": "1h", "msg": "no"}
 Rows = Callable[[str], list[Any]]
 
 
-def replies(policy: Policy, message: Message, *instances: str, **more: Any) -> list[str]:
+def replies(policy: Decider, message: Message, *instances: str, **more: Any) -> list[str]:
     return [check(policy, request(instance=i, **more), message).action for i in instances]
 
 
@@ -386,36 +383,34 @@ def test_without_an_instance_each_is_a_message(make: Make) -> None:
     assert replies(policy, Message(), "", "", "") == ["OK", "OK", "REJECT no"]
 
 
-def test_recipients_are_counted_on_one_connection_too(policy: Policy, rows: Rows) -> None:
+def test_recipients_are_counted_on_one_connection_too(policy: Decider, rows: Rows) -> None:
     assert replies(policy, Message(), "1", "1") == ["OK"] * 2
     assert len(rows("*")) == 2
 
 
 def test_a_changed_rule_is_another_answer(tmp_path: Path) -> None:
     content = {"default": {**HOUR, "msgquota": 0, "count": "messages"}}
-    policy, rules, committer = make_policy(tmp_path, content)
-    committer.start()
+    policy = make_decider(tmp_path, content)
+    policy.committer.start()
     message = Message()
     assert replies(policy, message, "1") == ["REJECT no"]
     content["default"]["msgquota"] = 5
     (tmp_path / "quotarules.json").write_text(json.dumps(content), "utf-8")
-    rules.reload()
+    policy.rules.reload()
     assert replies(policy, message, "1", "1") == ["OK"] * 2
-    committer.stop(10)
+    policy.committer.stop(10)
 
 
 def test_the_fallback_is_not_repeated(tmp_path: Path) -> None:
     """A store that comes back answers the rest of the message."""
-    policy, _, committer = make_policy(
-        tmp_path, {"default": {**HOUR, "msgquota": 1, "count": "messages"}}
-    )
-    committer._down = True
+    policy = make_decider(tmp_path, {"default": {**HOUR, "msgquota": 1, "count": "messages"}})
+    policy.committer._outage.lasts = True
     message = Message()
     assert replies(policy, message, "1")[0].startswith("DEFER_IF_PERMIT")
-    committer._down = False
-    committer.start()
+    policy.committer._outage.lasts = False
+    policy.committer.start()
     assert replies(policy, message, "1", "1", "2") == ["OK", "OK", "REJECT no"]
-    committer.stop(10)
+    policy.committer.stop(10)
 
 
 def test_messages_of_a_sender_in_a_pool_of_recipients(make: Make, rows: Rows) -> None:

@@ -310,7 +310,7 @@ def test_production_with_sqlite_under_supervisord(new_directory: Callable[[], Pa
 
         restart, hup = block("4. supervisord", "sh", "restart").splitlines()
         assert "saslquota: signalled" in shell(hup, ("supervisorctl", control))
-        wait_for(lambda: "rules read again" in log.read_text(), 5, "the signal has come")
+        wait_for(lambda: "rules reloaded" in log.read_text(), 5, "the signal has come")
         assert "saslquota: started" in shell(restart, ("supervisorctl", control))
         wait_for(lambda: is_listening(supervisor.port), 20, "it listens again")
 
@@ -622,7 +622,7 @@ def test_log_lines_worth_an_alarm(daemon: START) -> None:
         assert policy.ask(protocol_state="CONNECT", sasl_username="") == "DUNNO"
         see("nothing is counted")
         (started.directory / "quotarules.json").write_text("{")
-        see("rules not read")
+        see("rules not reloaded")
         assert policy.ask() == "OK"
         away = started.directory / "away"
         ledger.rename(away)

@@ -11,19 +11,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
-from helpers import SMALL, WHOLE, StartDaemon
+from helpers import SMALL, WHOLE, StartDaemon, in_background
 from servers.audit import count_rows
 from servers.daemon import Daemon, PolicyClient
 from servers.disk import locked
 from servers.ports import LOOPBACK, is_listening
 from servers.process import ROOT, clean_environment, wait_for, wait_for_log
-
-from saslquota import PolicyServer
 
 ONE_EACH = {"default": {"period": 3600, "msgquota": 1, "msg": "over quota"}}
 
@@ -432,25 +430,38 @@ def test_a_reply_under_way_does_not_make_room(
         assert [full.reply() for _ in range(room + 1)] == ["DUNNO"] * (room + 1)
 
 
-def test_a_request_that_comes_while_room_is_made() -> None:
-    """Its thread says so at any moment, also between two looks of the listener."""
-
-    class Handler:
-        served, waiting = False, True
-
-        def __init__(self, number: int, *looks: float) -> None:
-            self.number, self.request, self.looks = number, socket.socket(), list(looks)
-
-        @property
-        def idle_since(self) -> float | None:
-            return self.looks.pop(0) if self.looks else None
-
-    server: Any = PolicyServer.__new__(PolicyServer)
-    server.handlers = {Handler(1, 10.0), Handler(2, 20.0, 20.0)}
+def test_one_that_has_just_connected_does_not_make_room(daemon: StartDaemon) -> None:
+    """While idle ones exist: it is going to ask."""
+    running = daemon({"_maxconnections": 50, "_loglevel": "INFO"})
     with ExitStack() as stack:
-        for handler in server.handlers:
-            stack.enter_context(handler.request)
-        server._make_room()
+        idle = [stack.enter_context(running.policy()) for _ in range(45)]
+        assert [policy.ask() for policy in idle] == ["OK"] * 45
+        fresh = [stack.enter_context(running.policy()) for _ in range(30)]
+        for policy in fresh:
+            policy.send(PolicyClient.block())
+        assert [policy.reply() for policy in fresh] == ["OK"] * 30
+        assert all(policy.at_end() for policy in idle[:20])
+        assert [policy.ask() for policy in idle[-15:]] == ["OK"] * 15
+
+
+def test_a_request_that_comes_while_room_is_made(daemon: StartDaemon) -> None:
+    """It is answered or never read: what is charged has its reply."""
+    running = daemon({"_maxconnections": 8, "_loglevel": "INFO"})
+    accepted = 0
+
+    def ask_on() -> None:
+        nonlocal accepted
+        with running.policy() as policy, suppress(OSError, AssertionError):
+            for _ in range(5):
+                assert policy.ask(sasl_username="a@b.example") == "OK"
+                accepted += 1
+
+    with ThreadPoolExecutor(1) as asker, in_background(lambda: running.policy().close()):
+        for _ in range(40):
+            asker.submit(ask_on).result()
+    assert running.terminate() == 0
+    assert count_rows(running.ledger, "a@b.example") == accepted
+    assert "connection ended inside a request" not in running.log()
 
 
 def test_a_burst_of_connections(daemon: StartDaemon) -> None:
@@ -600,7 +611,7 @@ def test_changed_rules_are_picked_up(daemon: StartDaemon) -> None:
     with running.policy() as policy:
         assert [policy.ask(), policy.ask()] == ["OK", "REJECT 1 are enough"]
         running.write_rules(quota(2))
-        wait_for_log(running, "rules read again: default 2 in 3600 s")
+        wait_for_log(running, "rules reloaded: default 2 in 3600 s")
         assert [policy.ask(), policy.ask()] == ["OK", "REJECT 2 are enough"]
 
 
@@ -609,7 +620,7 @@ def test_hangup_reads_the_rules_at_once(daemon: StartDaemon) -> None:
     with running.policy() as policy:
         assert policy.ask() == "OK"
         os.kill(running.pid, signal.SIGHUP)
-        wait_for_log(running, "rules read again: default 1 in 3600 s")
+        wait_for_log(running, "rules reloaded: default 1 in 3600 s")
         assert policy.ask() == "REJECT 1 are enough"
     assert running.running
 
@@ -623,5 +634,5 @@ def test_a_broken_rules_file_changes_nothing(daemon: StartDaemon) -> None:
         wait_for_log(running, f"{path}, line 3, column 1: not JSON")
         assert [policy.ask(), policy.ask()] == ["OK", "REJECT 1 are enough"]
         running.write_rules(quota(3))
-        wait_for_log(running, "rules read again: default 3 in 3600 s")
+        wait_for_log(running, "rules reloaded: default 3 in 3600 s")
         assert policy.ask() == "OK"

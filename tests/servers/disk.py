@@ -1,7 +1,7 @@
 """Files and disks that break on demand."""
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
@@ -39,3 +39,22 @@ def full(disk: Path) -> Iterator[None]:
         yield
     finally:
         filler.unlink()
+
+
+def slow_sync(directory: Path) -> dict[str, str]:
+    """An environment in which a disk stalls while stalled() lasts; see slow_sync.c."""
+    library = directory / "slow_sync.so"
+    source = Path(__file__).with_name("slow_sync.c")
+    run(["gcc", "-shared", "-fPIC", "-Wall", "-o", library, source, "-ldl"])
+    return {"LD_PRELOAD": str(library), "SLOW_SYNC": str(directory / "stalled")}
+
+
+@contextmanager
+def stalled(environment: Mapping[str, str], seconds: int) -> Iterator[None]:
+    """Let each fsync() take that long."""
+    stall = Path(environment["SLOW_SYNC"])
+    stall.write_text(str(seconds), "utf-8")
+    try:
+        yield
+    finally:
+        stall.unlink()
