@@ -1268,6 +1268,39 @@ def load_connector() -> Any:
         ) from None
 
 
+def connection_options(config: Config, host: str) -> dict[str, Any]:
+    """What mysql.connector.connect() is told of a host in _myhost, and of who we are."""
+    where: dict[str, Any] = {"unix_socket": host.removeprefix("unix:")}
+    if found := split_host(host, config.myport):
+        where = {"host": found[0], "port": found[1]}
+    tls: dict[str, Any] = {}
+    if config.mysslca:
+        ca = str(config.beside(config.mysslca))
+        tls = {"ssl_ca": ca, "ssl_verify_cert": True, "ssl_verify_identity": True}
+    user = {"user": config.myuser, "password": config.mypasswd, "database": config.mydb}
+    return {**where, **tls, **user}
+
+
+def with_remedy(error: Exception, config: Config) -> str:
+    """An error of MySQL's with its remedy, where there is one."""
+    grant = f"grant all on {config.mydb}.* to the user of the error message"
+    remedies = {
+        1044: grant,
+        1045: f"check _myuser and _mypasswd in {config.path}, and {grant}",
+        1049: f"create database {config.mydb}",
+        1054: f"the table sends is not that of mysql.sql; run mysql {config.mydb} < mysql.sql"
+        " after renaming it",
+        1142: grant,
+        1146: f"run mysql {config.mydb} < mysql.sql",
+        2002: "is the server running? check _myhost",
+        2003: "is the server running? check _myhost and _myport",
+    }
+    cause = error.__cause__ if isinstance(error, StoreError) else error
+    number = getattr(cause, "errno", None)
+    message = " ".join(str(error).split())
+    return f"{message} - {remedies[number]}" if number in remedies else message
+
+
 class MySQLStore(Store):
     """The table in MySQL or MariaDB; on the nodes of a Galera cluster, too."""
 
@@ -1317,25 +1350,13 @@ class MySQLStore(Store):
                 return
             except (self._error, StoreError, OSError) as error:
                 self.close()
-                failures.append(f"{self._hosts[0]}: {self._with_remedy(error)}")
+                failures.append(f"{self._hosts[0]}: {with_remedy(error, self._config)}")
                 self._hosts.rotate(-1)
         raise Unavailable("; ".join(failures))
 
-    def _connect(self, connector: Any, name: str) -> None:
-        config = self._config
-        where: dict[str, Any] = {"unix_socket": name.removeprefix("unix:")}
-        if found := split_host(name, config.myport):
-            where = {"host": found[0], "port": found[1]}
-        tls: dict[str, Any] = {}
-        if config.mysslca:
-            ca = str(config.beside(config.mysslca))
-            tls = {"ssl_ca": ca, "ssl_verify_cert": True, "ssl_verify_identity": True}
+    def _connect(self, connector: Any, host: str) -> None:
         self._connection = connector.connect(
-            **where,
-            **tls,
-            user=config.myuser,
-            password=config.mypasswd,
-            database=config.mydb,
+            **connection_options(self._config, host),
             charset="utf8mb4",
             collation="utf8mb4_bin",
             autocommit=True,
@@ -1351,28 +1372,7 @@ class MySQLStore(Store):
         self._run("SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         self._is_galera = bool(self._run("SHOW VARIABLES LIKE 'wsrep_sync_wait'"))
         ((self._version,),) = self._run("SELECT VERSION()")
-        self._run(f"SELECT {COLUMNS} FROM sends LIMIT 0")
         self._run(self.TRY_INSERT)
-
-    def _with_remedy(self, error: Exception) -> str:
-        """The error with its remedy, where there is one."""
-        config = self._config
-        grant = f"grant all on {config.mydb}.* to the user of the error message"
-        remedies = {
-            1044: grant,
-            1045: f"check _myuser and _mypasswd in {config.path}, and {grant}",
-            1049: f"create database {config.mydb}",
-            1054: f"the table sends is not that of mysql.sql; run mysql {config.mydb} < mysql.sql"
-            " after renaming it",
-            1142: grant,
-            1146: f"run mysql {config.mydb} < mysql.sql",
-            2002: "is the server running? check _myhost",
-            2003: "is the server running? check _myhost and _myport",
-        }
-        cause = error.__cause__ if isinstance(error, StoreError) else error
-        number = getattr(cause, "errno", None)
-        message = " ".join(str(error).split())
-        return f"{message} - {remedies[number]}" if number in remedies else message
 
     def now(self) -> int:
         (row,) = self._run("SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(6))")
@@ -1854,6 +1854,90 @@ class Batch:
         return [debit for charge in self.charges for debit in charge.debits]
 
 
+class Decision:
+    """Decides charges one after the other, upon accounts that are as they were at one moment, and
+    gathers the entries of those that are accepted. A pool gets one entry for all of them."""
+
+    def __init__(self, accounts: Accounts, now: int, monotonic: Callable[[], float]) -> None:
+        self._accounts = accounts
+        self._now = now  # microseconds, the database's
+        self._monotonic = monotonic
+        self._token = random.getrandbits(63)
+        self._entries: list[Entry] = []
+        self._pools: dict[str, tuple[int, str]] = {}  # recipients, and the first instance
+
+    def accept(self, charge: Charge) -> None:
+        for name, recipients, _ in charge.debits:
+            if name.startswith(POOL_PREFIX):
+                sum_, first = self._pools.get(name, (0, charge.instance))
+                self._pools[name] = sum_ + recipients, first
+            else:
+                self._append(name, recipients, charge.instance)
+
+    def _append(self, name: str, recipients: int, instance: str) -> None:
+        account = self._accounts[name]
+        self._entries.append(account.append(recipients, instance, self._now, self._token))
+
+    def entries(self) -> list[Entry]:
+        """What makes the verdicts true; in the order of accounts: two daemons lock rows alike."""
+        for name, (recipients, instance) in self._pools.items():
+            self._append(name, recipients, instance)
+        return sorted(self._entries)
+
+    def judge(self, charge: Charge) -> Verdict:
+        usages, over = [], []
+        for debit in charge.debits:
+            account = self._accounts[debit.account]
+            pending = self._pools[debit.account][0] if debit.account in self._pools else 0
+            for window in debit.windows:
+                used = account.used(window.period, self._now)
+                assert used is not None, "refresh() has read what was unknown"
+                usage = Usage(debit, window, used + pending, account.total + pending)
+                usages.append(usage)
+                if usage.is_over:
+                    over.append(usage)
+        if not over:
+            usage = usages[0] if len(usages) == 1 else max(usages, key=lambda usage: usage.fullness)
+            return Verdict(True, usage.used + usage.debit.recipients, usage.window)
+        enforced = [usage for usage in over if usage.window.enforce]
+        usage, retry_at = self._last_to_free(enforced or over)
+        if enforced:
+            until = self._refusal_holds_until(usage)
+            return Verdict(False, usage.used, usage.window, True, until, retry_at)
+        used = usage.used + usage.debit.recipients
+        return Verdict(True, used, usage.window, True, retry_at=retry_at)
+
+    def _last_to_free(self, over: Sequence[Usage]) -> tuple[Usage, float | None]:
+        """The window that the charge is over for longest, and when the charge would fit into it, in
+        monotonic seconds. Looked up only when somebody is to be told."""
+        if len(over) == 1 and "{retry_after}" not in over[0].window.msg:
+            return over[0], None
+        moments = [self._when_it_fits(usage) for usage in over]
+        last = max(moments)
+        return over[moments.index(last)], self._monotonic() + (last - self._now) / 1e6
+
+    def _when_it_fits(self, usage: Usage) -> float:
+        """When enough entries have left the window, in microseconds of the database's clock."""
+        account, recipients, _ = usage.debit
+        period, msgquota = usage.window.period, usage.window.msgquota
+        if recipients > msgquota:
+            return math.inf
+        # All entries up to the first at which the total comes to this must leave.
+        total = usage.total + recipients - int(msgquota)
+        at = self._accounts.when_total_reached(account, period, total, self._now)
+        return at + period * 1_000_000 + 1
+
+    def _refusal_holds_until(self, usage: Usage) -> float:
+        """In monotonic seconds. A reset is to be noticed within a second, and the first entry that
+        leaves at once."""
+        account = self._accounts[usage.debit.account]
+        rows = account.windows[usage.window.period].rows
+        leaves = FRESHNESS
+        if rows:
+            leaves = (rows[0][0] - account.time(self._now)) / 1e6 + usage.window.period
+        return min(account.read_at + FRESHNESS, self._monotonic() + leaves)
+
+
 class Ledger:
     """Decides charges and makes the accepted ones durable before it says so.
 
@@ -1934,7 +2018,7 @@ class Ledger:
                 return
             batch.is_uncertain = not tokens  # another's row: ours can never get in
         if not batch.is_uncertain:
-            batch.entries, batch.verdicts = [], []
+            batch.entries = []  # nothing is under way, should the decision fail
             self._decide(batch)
         self._store.append(batch.entries)
 
@@ -1964,26 +2048,17 @@ class Ledger:
 
     def _decide(self, batch: Batch) -> None:
         """Find the verdicts, and the entries that make them true."""
-        now = self._read(batch)
-        token = random.getrandbits(63)
-        pools: dict[str, tuple[int, str]] = {}  # what is accepted, and the first instance
+        decision = Decision(self._accounts, self._read(batch), self._monotonic)
+        verdicts = []
         for index, charge in enumerate(batch.charges):
-            verdict = self._judge(charge, pools, now)
-            if verdict.accepted and not batch.is_wanted(index):
-                verdict = verdict._replace(accepted=False)
-            batch.verdicts.append(verdict)
-            if not verdict.accepted:
-                continue
-            for name, recipients, _ in charge.debits:
-                if name.startswith(POOL_PREFIX):
-                    sum_, first = pools.get(name, (0, charge.instance))
-                    pools[name] = (sum_ + recipients, first)
+            verdict = decision.judge(charge)
+            if verdict.accepted:
+                if batch.is_wanted(index):
+                    decision.accept(charge)
                 else:
-                    account = self._accounts[name]
-                    batch.entries.append(account.append(recipients, charge.instance, now, token))
-        for name, (sum_, first) in pools.items():
-            batch.entries.append(self._accounts[name].append(sum_, first, now, token))
-        batch.entries.sort()  # by account: two daemons lock rows in the same order
+                    verdict = verdict._replace(accepted=False)
+            verdicts.append(verdict)
+        batch.entries, batch.verdicts = decision.entries(), verdicts
 
     def _read(self, batch: Batch) -> int:
         """Read what the decision lacks; return its now, in microseconds. Raises TimedOut when the
@@ -1995,59 +2070,6 @@ class Ledger:
         if read + (read - began) > batch.deadline:
             raise TimedOut(f"timed out: no time left to write (reading took {read - began:.1f} s)")
         return now
-
-    def _judge(self, charge: Charge, pools: Mapping[str, tuple[int, str]], now: int) -> Verdict:
-        usages, over = [], []
-        for debit in charge.debits:
-            account = self._accounts[debit.account]
-            pending = pools[debit.account][0] if debit.account in pools else 0
-            for window in debit.windows:
-                used = account.used(window.period, now)
-                assert used is not None, "refresh() has read what was unknown"
-                usage = Usage(debit, window, used + pending, account.total + pending)
-                usages.append(usage)
-                if usage.is_over:
-                    over.append(usage)
-        if not over:
-            usage = usages[0] if len(usages) == 1 else max(usages, key=lambda usage: usage.fullness)
-            return Verdict(True, usage.used + usage.debit.recipients, usage.window)
-        enforced = [usage for usage in over if usage.window.enforce]
-        usage, retry_at = self._last_to_free(enforced or over, now)
-        if enforced:
-            until = self._refusal_holds_until(usage, now)
-            return Verdict(False, usage.used, usage.window, True, until, retry_at)
-        used = usage.used + usage.debit.recipients
-        return Verdict(True, used, usage.window, True, retry_at=retry_at)
-
-    def _last_to_free(self, over: Sequence[Usage], now: int) -> tuple[Usage, float | None]:
-        """The window that the charge is over for longest, and when the charge would fit into it, in
-        monotonic seconds. Looked up only when somebody is to be told."""
-        if len(over) == 1 and "{retry_after}" not in over[0].window.msg:
-            return over[0], None
-        moments = [self._when_it_fits(usage, now) for usage in over]
-        last = max(moments)
-        return over[moments.index(last)], self._monotonic() + (last - now) / 1e6
-
-    def _when_it_fits(self, usage: Usage, now: int) -> float:
-        """When enough entries have left the window, in microseconds of the database's clock."""
-        account, recipients, _ = usage.debit
-        period, msgquota = usage.window.period, usage.window.msgquota
-        if recipients > msgquota:
-            return math.inf
-        # All entries up to the first at which the total comes to this must leave.
-        total = usage.total + recipients - int(msgquota)
-        at = self._accounts.when_total_reached(account, period, total, now)
-        return at + period * 1_000_000 + 1
-
-    def _refusal_holds_until(self, usage: Usage, now: int) -> float:
-        """In monotonic seconds. A reset is to be noticed within a second, and the first entry that
-        leaves at once."""
-        account = self._accounts[usage.debit.account]
-        rows = account.windows[usage.window.period].rows
-        leaves = FRESHNESS
-        if rows:
-            leaves = (rows[0][0] - account.time(now)) / 1e6 + usage.window.period
-        return min(account.read_at + FRESHNESS, self._monotonic() + leaves)
 
     def purge(self) -> bool:
         """Delete some sends older than the retention; False when there are no more.
@@ -2175,6 +2197,36 @@ class Outage:
             log.warning("sends are counted again")
 
 
+class LockedAccounts:
+    """The accounts that another session of the database has locked. What needs them gets the
+    fallback at once; everybody else is counted on."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._entries: dict[str, Entry] = {}  # by account; one that cannot be appended
+        self._next_look = 0.0  # monotonic seconds
+
+    def add(self, entries: Iterable[Entry]) -> None:
+        text = "account %s: rows locked by another database session, what needs it gets _onfailure"
+        for entry in entries:
+            self._entries[entry.account] = entry
+            log.warning(text, entry.account)
+        self._next_look = time.monotonic() + LOCKED_ACCOUNT_RETRY
+
+    def look(self) -> None:
+        """Find out whether they still are, if it is time."""
+        began = time.monotonic()
+        if not self._entries or began < self._next_look:
+            return
+        locked = self._ledger.still_locked(list(self._entries.values()))
+        self._entries = {entry.account: entry for entry in locked}
+        now = time.monotonic()  # in MySQL the look takes seconds, in which all others wait
+        self._next_look = now + max(LOCKED_ACCOUNT_RETRY, 10 * (now - began))
+
+    def are_needed_for(self, charge: Charge) -> bool:
+        return bool(self._entries) and any(d.account in self._entries for d in charge.debits)
+
+
 class Watchdog(threading.Thread):
     """Gives the fallback to each charge that is not answered by its deadline, or when the store is
     down, whatever the committer is at. So nobody waits longer than _dbtimeout."""
@@ -2235,8 +2287,7 @@ class Committer(threading.Thread):
         self._watchdog = Watchdog(outage)
         self._refusals = Refusals()
         self._queue: queue.SimpleQueue[PendingCharge | None] = queue.SimpleQueue()
-        self._locked_accounts: dict[str, Entry] = {}  # with an entry that cannot be appended
-        self._next_look_at_locks = 0.0  # monotonic seconds
+        self._locked_accounts = LockedAccounts(ledger)
         self._next_purge_at = 0.0  # monotonic seconds
         self._bugs = RateLimit(1.0)
         self._stopping = False
@@ -2321,14 +2372,7 @@ class Committer(threading.Thread):
                 self._charge(batch)
                 return
             except AccountsLocked as error:
-                for entry in error.entries:
-                    self._locked_accounts[entry.account] = entry
-                    log.warning(
-                        "account %s: rows locked by another database session,"
-                        " charges that need it are not counted (_onfailure)",
-                        entry.account,
-                    )
-                self._next_look_at_locks = time.monotonic() + LOCKED_ACCOUNT_RETRY
+                self._locked_accounts.add(error.entries)
 
     def _charge(self, batch: Sequence[PendingCharge]) -> None:
         deadline = min(pending.deadline for pending in batch)
@@ -2344,15 +2388,10 @@ class Committer(threading.Thread):
 
     def _without_locked(self, batch: Sequence[PendingCharge]) -> Sequence[PendingCharge]:
         """What somebody still waits for; the fallback for what needs a locked account."""
-        if self._locked_accounts and time.monotonic() >= self._next_look_at_locks:
-            began = time.monotonic()
-            entries = self._ledger.still_locked(list(self._locked_accounts.values()))
-            self._locked_accounts = {entry.account: entry for entry in entries}
-            now = time.monotonic()  # in MySQL the look takes seconds, in which all others wait
-            self._next_look_at_locks = now + max(LOCKED_ACCOUNT_RETRY, 10 * (now - began))
+        self._locked_accounts.look()
         free = []
         for pending in batch:
-            if any(debit.account in self._locked_accounts for debit in pending.charge.debits):
+            if self._locked_accounts.are_needed_for(pending.charge):
                 pending.answer(None)
             elif not pending.is_answered:
                 free.append(pending)
@@ -2664,7 +2703,7 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         """Send the reply, as far as the client takes it at once; then log it."""
         reply = format_reply(answer.action)
         self._unsent = reply[send_at_once(self.request, reply) :]
-        self._log(request, answer)
+        self.server.log_decision(self.number, request, answer)
         self.has_asked = True
         self._answered_at = time.monotonic()
         self._replying.release()
@@ -2686,25 +2725,6 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         log.warning("[%d] closed to make room for another, see _maxconnections", self.number)
         self.between_requests = False
         self.hang_up(socket.SHUT_RD)
-
-    def _log(self, request: Request, answer: Answer) -> None:
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug("[%d] end of recv: (%d)", self.number, request.size)
-            if answer.rule:
-                log.debug("[%d] quota rule selected: (%s)", self.number, answer.rule.key)
-            log.debug("thread count: %d", len(self.server.handlers) + 1)
-        if answer.verdict:
-            level = logging.WARNING if answer.verdict.over_quota else logging.INFO
-        elif answer.action != "DUNNO":
-            level = logging.WARNING
-        else:
-            level = logging.DEBUG
-            if self.server.not_counted_warning.allows():
-                is_early = request.protocol_state in Policy.TOO_EARLY
-                hint = "; see smtpd_delay_reject" if is_early else ""
-                log.warning("nothing is counted: %s%s", answer.reason, hint)
-        if log.isEnabledFor(level):
-            self.server.log_verdict(level, f"[{self.number}] {verdict_line(request, answer)}")
 
 
 def verdict_line(request: Request, answer: Answer) -> str:
@@ -2775,6 +2795,26 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             return f"unix:{self._path}"
         host, port = self.server_address[:2]
         return f"[{host!s}]:{port}" if ":" in str(host) else f"{host!s}:{port}"
+
+    def log_decision(self, number: int, request: Request, answer: Answer) -> None:
+        """Write the owner's lines about a request, in any thread."""
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("[%d] end of recv: (%d)", number, request.size)
+            if answer.rule:
+                log.debug("[%d] quota rule selected: (%s)", number, answer.rule.key)
+            log.debug("thread count: %d", len(self.handlers) + 1)
+        if answer.verdict:
+            level = logging.WARNING if answer.verdict.over_quota else logging.INFO
+        elif answer.action != "DUNNO":
+            level = logging.WARNING
+        else:
+            level = logging.DEBUG
+            if self.not_counted_warning.allows():
+                is_early = request.protocol_state in Policy.TOO_EARLY
+                hint = "; see smtpd_delay_reject" if is_early else ""
+                log.warning("nothing is counted: %s%s", answer.reason, hint)
+        if log.isEnabledFor(level):
+            self.log_verdict(level, f"[{number}] {verdict_line(request, answer)}")
 
     def get_request(self) -> tuple[Any, Any]:
         try:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fleet import DAEMONS, MANY, NEVER, START, Fleet, StartFleet, fast_directory
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from servers.audit import SECOND
 
 import saslquota
-from saslquota import Conflict, Entry, StoreError, Unavailable, Window
+from saslquota import Charge, Conflict, Debit, Entry, StoreError, TimedOut, Unavailable, Window
 
 
 def test_the_quota_lets_exactly_the_quota_through(fleet: StartFleet) -> None:
@@ -526,3 +527,56 @@ def test_the_real_clock_carries_the_time_on() -> None:
     assert clock.now() == first
     clock.distrust()
     assert not clock.is_fresh()
+
+
+def test_a_connection_that_breaks_in_the_middle_of_a_decision(
+    fleet: StartFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was accepted before it in the batch is decided again, and written once."""
+    one = fleet()
+    windows = (Window(3600, 40, msg="{retry_after}"),)
+    for _ in range(40):
+        assert one.send("b", windows)
+        one.world.now += 1
+    search, broken = one.stores[0].entries_after, [Unavailable("the test")]
+
+    def break_once(*wanted: Any) -> list[saslquota.StoredEntry]:
+        if broken:
+            raise broken.pop()
+        return search(*wanted)
+
+    monkeypatch.setattr(one.stores[0], "entries_after", break_once)
+    batch = [lone_charge("a", 1, "a", windows), lone_charge("b", 35, "b", windows)]
+    verdicts = one.ledgers[0].charge(batch, NEVER)
+    assert not broken
+    assert [verdict.accepted for verdict in verdicts] == [True, False]
+    assert [row.instance for row in one.rows() if row.account == "a"] == ["a"]
+
+
+def test_what_nobody_waits_for_is_not_charged(fleet: StartFleet) -> None:
+    """Nor does it count against those behind it."""
+    one = fleet()
+    pool = Debit("POOL *", 1, (Window(60, 3),))
+    batch = [Charge(name, (Debit(name, 1, (Window(60, 9),)), pool)) for name in "abcde"]
+    verdicts = one.ledgers[0].charge(batch, NEVER, lambda index: index not in (0, 2))
+    assert [verdict.accepted for verdict in verdicts] == [False, True, False, True, True]
+    assert [row.account for row in one.rows()] == ["POOL *", "b", "d", "e"]
+
+
+def test_nothing_is_written_when_reading_has_taken_too_long(
+    fleet: StartFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An INSERT that takes as long would end after the deadline."""
+    one = fleet()
+    newest, seconds = one.stores[0].newest_entries, [3, 2]
+
+    def slow(*names: Any, **options: Any) -> list[saslquota.StoredEntry]:
+        one.world.now += seconds.pop(0) * SECOND
+        return newest(*names, **options)
+
+    monkeypatch.setattr(one.stores[0], "newest_entries", slow)
+    charge = [lone_charge("a", 1, "", (Window(60, 1),))]
+    with pytest.raises(TimedOut):
+        one.ledgers[0].charge(charge, one.world.monotonic() + 5)
+    assert one.rows() == []
+    assert one.ledgers[0].charge(charge, one.world.monotonic() + 5)[0].accepted
