@@ -122,7 +122,7 @@ from logging.handlers import SysLogHandler
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__version__ = "2.0.0"
+__version__ = "2.1.0"
 
 MAX_ACCOUNT = 320  # characters; the column's width: 64 of a local part, @, 255 of a domain
 POOL_PREFIX = "POOL "  # begins the account of a pool; logins are in lower case, none begins with it
@@ -2160,7 +2160,7 @@ class Outage:
     def __init__(self, consequence: str) -> None:
         self.lasts = False
         self.retry_at = 0.0  # monotonic seconds
-        self._consequence = consequence  # for the log: what senders get
+        self.consequence = consequence  # for the log: what senders get
         self._reason = ""
         self._logged_at: float | None = None  # monotonic seconds; None: the log knows of none
         self._lock = threading.Lock()
@@ -2182,7 +2182,7 @@ class Outage:
                 return
             self._logged_at = now
             text = "database unavailable, %s (_onfailure) until it is back: %s"
-            log.error(text, self._consequence, self._reason)
+            log.error(text, self.consequence, self._reason)
 
     def try_again(self) -> None:
         """The store can be opened."""
@@ -2201,16 +2201,17 @@ class LockedAccounts:
     """The accounts that another session of the database has locked. What needs them gets the
     fallback at once; everybody else is counted on."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, consequence: str) -> None:
         self._ledger = ledger
+        self._consequence = consequence  # as in Outage
         self._entries: dict[str, Entry] = {}  # by account; one that cannot be appended
         self._next_look = 0.0  # monotonic seconds
 
     def add(self, entries: Iterable[Entry]) -> None:
-        text = "account %s: rows locked by another database session, what needs it gets _onfailure"
+        text = "account %s: rows locked by another database session, %s (_onfailure)"
         for entry in entries:
             self._entries[entry.account] = entry
-            log.warning(text, entry.account)
+            log.warning(text, entry.account, self._consequence)
         self._next_look = time.monotonic() + LOCKED_ACCOUNT_RETRY
 
     def look(self) -> None:
@@ -2287,7 +2288,7 @@ class Committer(threading.Thread):
         self._watchdog = Watchdog(outage)
         self._refusals = Refusals()
         self._queue: queue.SimpleQueue[PendingCharge | None] = queue.SimpleQueue()
-        self._locked_accounts = LockedAccounts(ledger)
+        self._locked_accounts = LockedAccounts(ledger, outage.consequence)
         self._next_purge_at = 0.0  # monotonic seconds
         self._bugs = RateLimit(1.0)
         self._stopping = False
