@@ -202,11 +202,14 @@ def test_the_first_command(new_directory: Callable[[], Path], netcat: str) -> No
     require(netcat)
     directory = new_directory()
     with FreshClone(directory) as daemon:
-        log = daemon.log().replace(str(directory), "/root/saslquota")
-        log = re.sub(r"\d+\.\d+\.\d+ (listening .*):\d+,", r"2.1.0 \1:10008,", log)
         *lines, _where_it_logs = FIRST_LINES.splitlines(keepends=True)
+
+        def printed() -> str:
+            output = daemon.log().replace(str(directory), "/root/saslquota")
+            return re.sub(r"\d+\.\d+\.\d+ (listening .*):\d+,", r"2.1.0 \1:10008,", output)
+
         for line in lines:
-            assert line in log
+            wait_for(lambda expected=line: expected in printed(), 5, line)  # type: ignore[misc]
         request = FIRST_REQUEST.replace("| netcat", f"| {netcat}")
         assert shell(request, ("10008", str(daemon.port))) == FIRST_ANSWER + "\n"
         verdict = shape(FIRST_VERDICT)
@@ -215,9 +218,18 @@ def test_the_first_command(new_directory: Callable[[], Path], netcat: str) -> No
 
 
 def test_the_first_command_says_where_it_logs() -> None:
-    """To /dev/log, which belongs to the system."""
+    """Where there is a /dev/log, which belongs to the system: so its parts are looked for."""
     *_, line = FIRST_LINES.splitlines()
-    assert in_script(line.replace("facility mail:", "FACILITY:").replace("=mail", "=FACILITY"))
+    assert (
+        line == "logging to syslog, facility mail: /var/log/mail.log or journalctl --facility=mail"
+    )
+    for part in (
+        "logging to",
+        "syslog, facility ",
+        "/var/log/mail.log or ",
+        "journalctl --facility=",
+    ):
+        assert in_script(part)
 
 
 def test_ctrl_c(new_directory: Callable[[], Path]) -> None:
@@ -471,7 +483,7 @@ def test_production(production: Production) -> None:
 def test_restart_and_reload(production: Production) -> None:
     restart, hup = RESTART_AND_RELOAD.splitlines()
     assert "saslquota: signalled" in production.run(hup)
-    wait_for(lambda: "rules read again" in production.log.read_text(), 5, "the signal has come")
+    wait_for(lambda: "rules reloaded" in production.log.read_text(), 5, "the signal has come")
     assert "saslquota: started" in production.run(restart)
     production.wait()
 
@@ -1059,9 +1071,8 @@ def test_mail_passes_uncounted(daemon: START) -> None:
     with started.policy() as policy:
         assert policy.ask() == "OK"
     (line,) = [line for line, _ in LINES if "database unavailable" in line]
-    other = "mail passes uncounted (_onfailure)"
-    assert f"`{other}`" in DOCUMENTS[OPERATION]
-    line = re.sub("senders get .* (?=until)", f"{other} ", line)
+    assert "`mail passes uncounted`" in DOCUMENTS[OPERATION]
+    line = line.replace("CONSEQUENCE", "mail passes uncounted")
     wait_for(lambda: re.search(pattern(line), started.log()), 5, line)
 
 
@@ -1345,7 +1356,7 @@ def test_the_old_steps_go_on_working(daemon: START, mariadb: MariaDB) -> None:
         database = Database(mariadb, name, "localhost", mariadb.port, name, password)
         with daemon(database.config()).policy() as policy:
             assert policy.ask() == "OK"
-        assert database.count("alice@example.com") == 1
+        assert database.sql("SELECT COUNT(*) FROM sends") == "1"
     finally:
         mariadb.sql(f"DROP DATABASE IF EXISTS {name}; DROP USER IF EXISTS {name}@localhost")
 
@@ -1367,7 +1378,7 @@ def test_the_index_of_early_tables(daemon: START, database: Database) -> None:
 def test_the_new_log_lines() -> None:
     """The lines to watch for from 2.1.0 on are those of docs/operation.md."""
     table = re.findall(r"^\| `.+` \| `(.+)` \|$", DOCUMENTS[UPGRADING], re.MULTILINE)
-    assert len(table) == 4
+    assert len(table) == 5
     assert set(table) <= {line for line, _ in LINES}
 
 
