@@ -251,7 +251,7 @@ def settings_table() -> dict[str, tuple[str, str]]:
     row = r"^\| `(_\w+)` \| `(.*?)` \| (.+) \|$"
     rows = re.findall(row, DOCUMENTS[README], re.MULTILINE)
     table = {name: (default, meaning) for name, default, meaning in rows}
-    assert len(table) == len(rows), "a setting stands there twice"
+    assert len(table) == len(rows), "a setting is listed twice"
     return table
 
 
@@ -1319,7 +1319,7 @@ def test_carry_over_twice(old_log: Database) -> None:
         assert old_log.sql("SELECT COUNT(*) FROM sends") == "12"
 
 
-def test_carry_over_beside_what_is_counted_already(daemon: START, old_log: Database) -> None:
+def test_carry_over_leaves_what_is_counted_already(daemon: START, old_log: Database) -> None:
     """A sender whom the new daemon has counted keeps that count."""
     with daemon(old_log.config()).policy() as policy:
         assert policy.ask(sasl_username=BOB) == "OK"
