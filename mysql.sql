@@ -1,7 +1,7 @@
 -- The ledger of saslquota, for MySQL 8 and MariaDB 10.6 or newer: one row for every accepted send.
 --     mysql saslquota < mysql.sql
 -- Rows are only ever appended, and purged when they are older than _retentiondays. Never DELETE
--- rows of an account by hand: README.md tells how to look and how to unblock a sender.
+-- rows of an account by hand: docs/operation.md tells how to see the usage and to unblock a sender.
 
 CREATE TABLE IF NOT EXISTS sends (
     account     VARCHAR(320) NOT NULL COMMENT 'the login in lower case, or POOL and a pool''s key',

@@ -1,9 +1,11 @@
-"""README.md: its commands and statements are run, its tables and lists are compared.
+"""README.md, docs/ and the other documents: their commands and statements are run, their tables and
+lists compared.
 
-Paths, ports and names that belong to the system are replaced by private ones; the rest is run as it
-stands there.
+Each fenced block is run by a test, or listed in NOT_RUN with the reason. Paths, ports and names
+that belong to the system are replaced by private ones; the rest is run as it is in the document.
 """
 
+import ast
 import json
 import re
 import select
@@ -14,7 +16,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
@@ -30,46 +32,50 @@ from servers.process import ROOT, Process, clean_environment, run, wait_for
 
 from saslquota import Config, load_config, load_rules
 
-README = (ROOT / "README.md").read_text("utf-8")
+NAMES = ["README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+NAMES += [f"docs/{name}.md" for name in ("install", "rules", "operation", "upgrading")]
+DOCUMENTS = {name: (ROOT / name).read_text("utf-8") for name in NAMES}
+README, INSTALL, RULES, OPERATION, UPGRADING = (
+    "README.md",
+    "docs/install.md",
+    "docs/rules.md",
+    "docs/operation.md",
+    "docs/upgrading.md",
+)
 BOB = "bob@example.com"
 START = Callable[..., Daemon]
 
 
 class Block(NamedTuple):
-    """A fenced block: the heading it stands under, its language and its text."""
+    """A fenced block: its document, the heading above it, its language and its text."""
 
+    document: str
     heading: str
     language: str
     text: str
 
 
-def fenced_blocks(text: str) -> Iterator[Block]:
+def fenced_blocks(document: str) -> Iterator[Block]:
     heading = ""
     for found in re.finditer(
-        r"^#+ ([^\n]+)$|^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL
+        r"^#+ ([^\n]+)$|^```(\w*)\n(.*?)^```$", DOCUMENTS[document], re.MULTILINE | re.DOTALL
     ):
         if found[1]:
             heading = found[1]
         else:
-            yield Block(heading, found[2], found[3])
+            yield Block(document, heading, found[2], found[3])
 
 
-def headings(text: str) -> list[str]:
-    return re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S), re.M)
+BLOCKS = [block for document in DOCUMENTS for block in fenced_blocks(document)]
+_taken: set[Block] = set()  # by block(), while this file is loaded
 
 
-BLOCKS = list(fenced_blocks(README))
-
-
-def block(heading: str, language: str, word: str = "") -> str:
-    """The only block of this language under this heading with this word in it."""
-    found = [
-        block.text
-        for block in BLOCKS
-        if (block.heading, block.language) == (heading, language) and word in block.text
-    ]
-    assert len(found) == 1, f"{heading}, {language}, {word}: {len(found)} blocks"
-    return found[0]
+def block(document: str, heading: str, language: str, word: str = "") -> str:
+    """Take the only block of this language under this heading with this word in it, to run it."""
+    found = [b for b in BLOCKS if b[:3] == (document, heading, language) and word in b.text]
+    assert len(found) == 1, f"{document}, {heading}, {language}, {word}: {len(found)} blocks"
+    _taken.add(found[0])
+    return found[0].text
 
 
 def shell(script: str, *replacements: tuple[str, str], cwd: Path = ROOT) -> str:
@@ -80,38 +86,43 @@ def shell(script: str, *replacements: tuple[str, str], cwd: Path = ROOT) -> str:
     return run(["bash", "-euc", script], env=clean_environment(), cwd=cwd)
 
 
-# --- What it names --------------------------------------------------------------------------------
+# --- The documents themselves ---------------------------------------------------------------------
 
 
-def test_the_order_of_its_sections() -> None:
-    assert [line[3:] for line in README.splitlines() if line.startswith("## ")] == [
+def headings(text: str) -> list[str]:
+    return re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S), re.M)
+
+
+def test_the_sections_of_the_readme() -> None:
+    lines = DOCUMENTS[README].splitlines()
+    assert len(lines) <= 250
+    assert [line[3:] for line in lines if line.startswith("## ")] == [
         "Two commands",
         "Production set-up",
         "Try it",
-        "Log",
-        "Settings",
         "Rules",
-        "Looking and unblocking",
-        "Monitoring",
-        "Upgrading from noskoski/postfix_saslquota 1.x",
-        "How fast",
-        "Licence",
+        "Settings",
+        "Read on",
     ]
 
 
-def test_every_file_it_names_is_there() -> None:
-    names = set(re.findall(r"(?<![\w/.-])\w[\w/-]*\.(?:py|json|sql|conf)\b", README))
-    names |= {"Testfile", "LICENSE", "tests/run"}
-    assert names >= {"saslquota.py", "saslquota.json", "quotarules.json", "mysql.sql"}
-    for name in names:
-        assert name in README
-        assert (ROOT / name).is_file(), name
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_file_it_names_is_there(document: str) -> None:
+    text = DOCUMENTS[document]
+    for name in re.findall(r"(?<![\w/.-])\w[\w/-]*\.(?:py|json|sql|conf|service)\b", text):
+        assert "NAME" in name or (ROOT / name).is_file(), name
 
 
-def test_its_links_lead_somewhere() -> None:
-    anchors = [re.sub(r"[^\w -]", "", line).lower().replace(" ", "-") for line in headings(README)]
-    for link in re.findall(r"\]\((.*?)\)", README):
-        assert link.removeprefix("#") in anchors if link[0] == "#" else (ROOT / link).exists(), link
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_its_links_lead_somewhere(document: str) -> None:
+    for link in re.findall(r"\]\((.*?)\)", DOCUMENTS[document]):
+        name, _, anchor = link.partition("#")
+        target = (ROOT / document).parent / name if name else ROOT / document
+        assert target.exists(), link
+        if anchor:
+            names = headings(target.read_text("utf-8"))
+            anchors = [re.sub(r"[^\w -]", "", line).lower().replace(" ", "-") for line in names]
+            assert anchor in anchors, link
 
 
 @pytest.mark.parametrize("script", [b.text for b in BLOCKS if b.language == "sh"])
@@ -119,10 +130,105 @@ def test_shell_syntax(script: str) -> None:
     run(["bash", "-n"], stdin=script)
 
 
-def test_two_commands() -> None:
-    commands = [b.text for b in BLOCKS if b.heading == "Two commands"]
-    assert commands == ["python3 saslquota.py\n", "tests/run\n"]
-    assert (ROOT / "tests" / "run").stat().st_mode & 0o111
+NOT_RUN: Mapping[str, str] = {  # by the beginning of their text
+    "apt-get install ": "tests/run has installed these packages, see test_packages",
+    "tests/run\n": "it runs this file",
+}
+
+
+def test_packages() -> None:
+    (install,) = [b.text for b in BLOCKS if b.text.startswith("apt-get install ")]
+    installs = re.findall(r"[\w-]+", (ROOT / "tests" / "run").read_text("utf-8"))
+    for package in install.split()[2:]:
+        assert package in installs
+
+
+def test_every_block_is_run() -> None:
+    """A new block needs a test that takes it with block(), or a reason."""
+    for document, text in DOCUMENTS.items():
+        fences = re.findall(r"^\s*```", text, re.MULTILINE)
+        assert len(fences) == 2 * sum(b.document == document for b in BLOCKS), "an indented one"
+    not_run = [b for b in BLOCKS if b not in RUN]
+    for reason in NOT_RUN:
+        assert sum(b.text.startswith(reason) for b in not_run) == 1, reason
+    assert len(not_run) == len(NOT_RUN), not_run
+
+
+# --- Two commands ---------------------------------------------------------------------------------
+
+TWO = "Two commands"
+FIRST_START = block(README, TWO, "sh", "python3")
+FIRST_LINES = block(README, TWO, "", "listening")
+FIRST_REQUEST = block(README, TWO, "sh", "Testfile")
+FIRST_ANSWER = block(README, TWO, "", "action=OK")
+FIRST_VERDICT = block(README, TWO, "", "sasl_username")
+
+netcats = pytest.mark.parametrize("netcat", ["nc.openbsd", "nc.traditional"])
+
+
+class FreshClone(Process):
+    """The first command, in a copy of the shipped files; it logs to standard output."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(copy_shipped(directory), "daemon")
+        self.port = free_port()
+
+    def command(self) -> Sequence[str | Path]:
+        python, *arguments = FIRST_START.split()
+        assert python == "python3"
+        return [sys.executable, *arguments]
+
+    def environment(self) -> dict[str, str]:
+        return clean_environment({"_bindport": self.port, "_loghandler": "stdout"})
+
+    def is_ready(self) -> bool:
+        return is_listening(self.port)
+
+
+@netcats
+def test_the_first_command(new_directory: Callable[[], Path], netcat: str) -> None:
+    require(netcat)
+    directory = new_directory()
+    with FreshClone(directory) as daemon:
+        *lines, _where_it_logs = FIRST_LINES.splitlines(keepends=True)
+
+        def printed() -> str:
+            output = daemon.log().replace(str(directory), "/root/saslquota")
+            return re.sub(r"\d+\.\d+\.\d+ (listening .*):\d+,", r"2.1.0 \1:10008,", output)
+
+        for line in lines:
+            wait_for(lambda expected=line: expected in printed(), 5, line)  # type: ignore[misc]
+        request = FIRST_REQUEST.replace("| netcat", f"| {netcat}")
+        assert shell(request, ("10008", str(daemon.port))) == FIRST_ANSWER + "\n"
+        verdict = shape(FIRST_VERDICT)
+        wait_for(lambda: verdict in shape(daemon.log()), 5, verdict)
+    assert (directory / "saslquota.db").exists()
+
+
+def test_the_first_command_says_where_it_logs() -> None:
+    """Where there is a /dev/log, which belongs to the system: so its parts are looked for."""
+    *_, line = FIRST_LINES.splitlines()
+    assert (
+        line == "logging to syslog, facility mail: /var/log/mail.log or journalctl --facility=mail"
+    )
+    for part in (
+        "logging to",
+        "syslog, facility ",
+        "/var/log/mail.log or ",
+        "journalctl --facility=",
+    ):
+        assert in_script(part)
+
+
+def test_ctrl_c(new_directory: Callable[[], Path]) -> None:
+    with FreshClone(new_directory()) as daemon:
+        assert daemon.stop(signal.SIGINT, timeout=5) == 0
+
+
+def test_the_second_command() -> None:
+    script = ROOT / "tests" / "run"
+    assert script.stat().st_mode & 0o111
+    assert "--unit" in script.read_text("utf-8")
 
 
 # --- Settings and rules ---------------------------------------------------------------------------
@@ -130,9 +236,10 @@ def test_two_commands() -> None:
 
 def settings_table() -> dict[str, tuple[str, str]]:
     """Default and meaning of each setting, as README.md has them."""
-    rows = re.findall(r"^\| `(_\w+)` \| `(.*?)` \| (.+) \|$", README, re.MULTILINE)
+    row = r"^\| `(_\w+)` \| `(.*?)` \| (.+) \|$"
+    rows = re.findall(row, DOCUMENTS[README], re.MULTILINE)
     table = {name: (default, meaning) for name, default, meaning in rows}
-    assert len(table) == len(rows), "a setting stands there twice"
+    assert len(table) == len(rows), "a setting is listed twice"
     return table
 
 
@@ -184,20 +291,30 @@ def test_what_the_shipped_settings_differ_in() -> None:
             assert f"the shipped file says `{shipped[name]}`" in meaning, name
 
 
-def test_the_rules_are_the_shipped_ones() -> None:
-    assert block("Rules", "json") == (ROOT / "quotarules.json").read_text("utf-8")
-
-
+JSON_BLOCKS = [block(*b[:3], b.text) for b in BLOCKS if b.language == "json"]
+SHIPPED_RULES = block(RULES, "Rules", "json")
+SETTING_EXAMPLES = [text for text in JSON_BLOCKS if text.startswith('"_')]
 RULE_EXAMPLES = [
-    *re.findall(r"^\| [^|]+ \| `(.*)` \|$", README[README.index("| I want to") :], re.MULTILINE),
-    *(block.text for block in BLOCKS if block.language == "json" and block.heading != "Rules"),
+    *re.findall(r"^\| [^|`]+ \| `(.*)` \|$", DOCUMENTS[README], re.MULTILINE),
+    *(text for text in JSON_BLOCKS if text not in (SHIPPED_RULES, *SETTING_EXAMPLES)),
 ]
+
+
+@pytest.mark.parametrize("example", SETTING_EXAMPLES)
+def test_every_setting_can_be_copied(tmp_path: Path, example: str) -> None:
+    path = tmp_path / "saslquota.json"
+    path.write_text(f"{{{example}}}", "utf-8")
+    load_config(path, {})
+
+
+def test_the_rules_are_the_shipped_ones() -> None:
+    assert (ROOT / "quotarules.json").read_text("utf-8") == SHIPPED_RULES
 
 
 @pytest.mark.parametrize("example", RULE_EXAMPLES)
 def test_every_rule_can_be_copied(tmp_path: Path, example: str) -> None:
-    """Beside what the shipped file has for everybody else."""
-    assert len(RULE_EXAMPLES) > 15
+    """Together with what the shipped file has for everybody else."""
+    assert len(RULE_EXAMPLES) > 20
     if '"default"' not in example:
         example += ', "default": {"period": 120, "msgquota": 500}'
     (tmp_path / "quotarules.json").write_text(f"{{{example}}}", "utf-8")
@@ -217,9 +334,19 @@ def test_the_rules_as_described(daemon: START) -> None:
         assert policy.ask(sasl_username="bob@example.COM") == "REJECT no more"
 
 
-# --- The production set-up ------------------------------------------------------------------------
+# --- The production set-up, and what comes after it -----------------------------------------------
 
-USER, SETTINGS = "2. User, directories, Python", "3. Settings and rules"
+USER = block(README, "1. Install", "sh", "useradd")
+USE_SQLITE = block(README, "2. Configure", "sh", "_sqlitefile")
+CHECK = block(README, "2. Configure", "sh", "--check")
+UNDER_SUPERVISORD = block(README, "3. Start", "sh", "reread")
+LISTENS = block(README, "3. Start", "sh", "ss -ltn")
+RESTART_AND_RELOAD = block(OPERATION, "Restart and reload", "sh")
+CHECK_AT_NIGHT = block(OPERATION, "At 3 a.m.", "sh", "--check")
+START_AT_NIGHT = block(OPERATION, "At 3 a.m.", "sh", "supervisorctl start")
+UPGRADE = block(UPGRADING, "Between versions 2.x", "sh", "install")
+WAY_BACK = block(UPGRADING, "Between versions 2.x", "sh", "cp /opt/saslquota/saslquota.py.old")
+STOP_THE_OLD = block(UPGRADING, "From noskoski/postfix_saslquota 1.x", "sh")
 
 
 class EmptySupervisor(Process):
@@ -251,85 +378,208 @@ class EmptySupervisor(Process):
         return self.socket.exists()
 
 
-def set_up(directory: Path) -> Path:
-    """Do the step with the directories below another one, as whoever runs the tests."""
-    steps = block(USER, "sh").splitlines(keepends=True)
-    assert steps[0].startswith("useradd --system ")
-    shell(
-        "".join(steps[1:]),
-        ("-o saslquota -g saslquota ", ""),
-        ("-g saslquota ", ""),
-        ("/opt/saslquota", f"{directory}/opt"),
-        ("/var/lib/saslquota", f"{directory}/lib"),
-    )
-    return directory / "opt"
+class Production:
+    """README.md's production set-up below a directory, as the user who runs the tests."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.opt = directory / "opt"
+        self.log = directory / "log" / "saslquota.log"
+        self.supervisor = EmptySupervisor(directory, free_port())
+
+    def private(self, text: str) -> str:
+        """The commands with everything that belongs to the system replaced."""
+        for old, new in (
+            ("/opt/saslquota", f"{self.opt}"),
+            ("/var/lib/saslquota", f"{self.directory}/lib"),
+            ("/etc/supervisor/conf.d", f"{self.directory}/conf.d"),
+            ("/var/log/supervisor", f"{self.directory}/log"),
+            ("supervisorctl ", f"supervisorctl --configuration {self.supervisor.config} "),
+            ("runuser -u saslquota -- ", ""),
+            ("-o saslquota -g saslquota ", ""),
+            ("-g saslquota ", ""),
+            ("10008", str(self.supervisor.port)),
+        ):
+            text = text.replace(old, new)
+        assert not re.search(r"[\s'\"=]/(?:opt|etc|var)/", text), text
+        return text
+
+    def run(self, script: str) -> str:
+        return shell(self.private(script))
+
+    def is_running(self) -> bool:
+        """As the last of README.md's commands says."""
+        command = self.private(UNDER_SUPERVISORD.splitlines()[-1]).split()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        return "RUNNING" in done.stdout
+
+    def wait(self) -> None:
+        wait_for(self.is_running, 20, "RUNNING")
+        wait_for(lambda: is_listening(self.supervisor.port), 20, "it listens")
+
+
+@pytest.fixture(scope="module")
+def production(new_directory: Callable[[], Path]) -> Iterator[Production]:
+    """The set-up, made and started step by step."""
+    require("supervisord", "supervisorctl")
+    made = Production(new_directory())
+    _useradd, *others = USER.splitlines(keepends=True)
+    made.run("".join(others))
+    made.run(USE_SQLITE)
+    assert "will be made at the first start" in made.run(CHECK)
+    with made.supervisor:
+        copy, reread, update, _status = UNDER_SUPERVISORD.splitlines()
+        made.run(copy)
+        conf = made.directory / "conf.d" / "saslquota_supervisor.conf"
+        conf.write_text(made.private(conf.read_text()).replace("user=saslquota\n", ""))
+        assert "saslquota: available" in made.run(reread)
+        assert "saslquota: added process group" in made.run(update)
+        made.wait()
+        yield made
 
 
 def modes(*paths: Path) -> list[str]:
     return [oct(path.stat().st_mode & 0o777) for path in paths]
 
 
+def test_the_user(new_directory: Callable[[], Path]) -> None:
+    require("useradd", root=True)
+    root = new_directory()
+    (root / "etc").mkdir()
+    for name in ("passwd", "group", "shadow", "gshadow", "login.defs"):
+        (root / "etc" / name).touch()
+    shell(USER.splitlines()[0], ("useradd ", f"useradd --prefix {root} "))
+    (user,) = (root / "etc" / "passwd").read_text().splitlines()
+    assert re.fullmatch(r"saslquota:x:(\d+):\1::/var/lib/saslquota:/usr/sbin/nologin", user)
+
+
 @pytest.mark.slow
-def test_production_with_sqlite_under_supervisord(new_directory: Callable[[], Path]) -> None:
-    require("supervisord", "supervisorctl")
-    directory = new_directory()
-    opt = set_up(directory)
-    assert modes(opt, directory / "lib") == ["0o755", "0o750"]
+def test_production(production: Production) -> None:
+    opt, lib = production.opt, production.directory / "lib"
+    assert modes(opt, lib) == ["0o755", "0o750"]
     assert modes(opt / "saslquota.json", opt / "quotarules.json") == ["0o640", "0o644"]
-    lib = ("/var/lib/saslquota", f"{directory}/lib")
-    here = ("/opt/saslquota", str(opt))
-    shell(block(SETTINGS, "sh", "_sqlitefile"), lib, here)
-    said = shell(block(SETTINGS, "sh", "--check"), ("runuser -u saslquota -- ", ""), here)
-    assert f"SQLite {directory}/lib/saslquota.db: will be made at the first start" in said
     config = load_config(opt / "saslquota.json", {})
     assert (config.loglevel, config.store) == ("INFO", "sqlite")
+    if shutil.which("ss"):
+        production.run(LISTENS)
+    with PolicyClient(production.supervisor.port) as policy:
+        assert policy.ask() == "OK"
+    assert (lib / "saslquota.db").exists()
 
-    with EmptySupervisor(directory, free_port()) as supervisor:
-        control = f"supervisorctl --configuration {supervisor.config}"
-        copy, reread, update, status = block("4. supervisord", "sh", "reread").splitlines()
-        shell(copy, ("/etc/supervisor/conf.d/", f"{directory}/conf.d/"))
-        conf = directory / "conf.d" / "saslquota_supervisor.conf"
-        text = conf.read_text().replace("/var/log/supervisor", f"{directory}/log")
-        conf.write_text(text.replace(*here).replace("user=saslquota\n", ""))
-        assert "saslquota: available" in shell(reread, ("supervisorctl", control))
-        assert "saslquota: added process group" in shell(update, ("supervisorctl", control))
 
-        def is_running() -> bool:
-            command = status.replace("supervisorctl", control).split()
-            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-            return "RUNNING" in done.stdout
+@pytest.mark.slow
+def test_restart_and_reload(production: Production) -> None:
+    restart, hup = RESTART_AND_RELOAD.splitlines()
+    assert "saslquota: signalled" in production.run(hup)
+    wait_for(lambda: "rules reloaded" in production.log.read_text(), 5, "the signal has come")
+    assert "saslquota: started" in production.run(restart)
+    production.wait()
 
-        log = directory / "log" / "saslquota.log"
-        wait_for(is_running, 20, "RUNNING")
-        if shutil.which("ss"):
-            listening = block("4. supervisord", "sh", "ss -ltn")
-            shell(listening, ("10008", str(supervisor.port)))
-        with PolicyClient(supervisor.port) as policy:
+
+@pytest.mark.slow
+def test_the_daemon_was_stopped(production: Production) -> None:
+    assert "saslquota: stopped" in production.run(STOP_THE_OLD)
+    status, tail, start = START_AT_NIGHT.splitlines()
+    assert "STOPPED" in production.run(f"{status} || true")
+    assert "stopped by SIGTERM" in production.run(tail)
+    assert "saslquota: started" in production.run(start)
+    production.wait()
+    assert CHECK_AT_NIGHT == CHECK
+
+
+@pytest.mark.slow
+def test_upgrade_and_the_way_back(production: Production) -> None:
+    script = production.opt / "saslquota.py"
+    new = script.read_text("utf-8")
+    old = new.replace('__version__ = "', '__version__ = "0.')
+    assert old != new
+    script.write_text(old, "utf-8")
+    for steps, version in ((UPGRADE, new), (WAY_BACK, old), (UPGRADE, new)):
+        assert "saslquota: started" in production.run(steps)
+        assert script.read_text("utf-8") == version
+        production.wait()
+        with PolicyClient(production.supervisor.port) as policy:
             assert policy.ask() == "OK"
-        assert (directory / "lib" / "saslquota.db").exists()
-
-        restart, hup = block("4. supervisord", "sh", "restart").splitlines()
-        assert "saslquota: signalled" in shell(hup, ("supervisorctl", control))
-        wait_for(lambda: "rules reloaded" in log.read_text(), 5, "the signal has come")
-        assert "saslquota: started" in shell(restart, ("supervisorctl", control))
-        wait_for(lambda: is_listening(supervisor.port), 20, "it listens again")
 
 
-@pytest.fixture
-def named_database(mariadb: MariaDB, new_directory: Callable[[], Path]) -> Iterator[Database]:
-    """The database that README.md's statements make, but for its name."""
+# --- systemd, a Unix-domain socket ----------------------------------------------------------------
+
+UNDER_SYSTEMD = block(INSTALL, "systemd", "sh")
+SOCKET_DIRECTORY = block(INSTALL, "A Unix-domain socket", "sh", "install")
+SOCKET_SETTING = block(INSTALL, "A Unix-domain socket", "json")
+SOCKET_MAIN = block(INSTALL, "A Unix-domain socket", "sh", "postconf")
+UNIT = ROOT / "contrib" / "systemd" / "saslquota.service"
+
+
+def test_systemd(new_directory: Callable[[], Path]) -> None:
+    """As far as it goes without being process 1; tests/test_systemd.py verifies the unit."""
+    require("systemctl")
+    root = new_directory()
+    units = root / "etc" / "systemd" / "system"
+    units.mkdir(parents=True)
+    copy, reload, enable = UNDER_SYSTEMD.splitlines()
+    shell(copy, ("/etc/systemd/system/", f"{units}/"))
+    assert reload == "systemctl daemon-reload"
+    shell(enable, ("systemctl enable --now ", f"systemctl --root={root} enable "))
+    assert (units / "multi-user.target.wants" / "saslquota.service").is_symlink()
+
+
+def test_the_commands_of_systemd() -> None:
+    """Those of supervisord are run above; a reload is SIGHUP."""
+    rows = re.findall(r"^\| `(supervisorctl .*)` \| `(.*)` \|$", DOCUMENTS[INSTALL], re.MULTILINE)
+    assert [systemd.split()[1] for _, systemd in rows] == ["status", "restart", "reload"]
+    for supervisord, _ in rows:
+        assert f"{supervisord}\n" in UNDER_SUPERVISORD + RESTART_AND_RELOAD
+    assert "ExecReload=/bin/kill -HUP $MAINPID\n" in UNIT.read_text("utf-8")
+
+
+def test_the_unix_socket(daemon: START, stock: Path, new_directory: Callable[[], Path]) -> None:
+    """tests/test_unix_socket.py shows who can connect to it, from a chroot too."""
+    queue = new_directory()
+    private = ("/var/spool/postfix", str(queue))
+    shell(SOCKET_DIRECTORY, ("-o saslquota -g postfix ", ""), private)
+    assert oct((queue / "saslquota").stat().st_mode & 0o7777) == "0o2750"
+    started = daemon(json.loads(f"{{{SOCKET_SETTING.replace(*private)}}}"))
+    assert "listening on unix:" in started.log()
+    assert modes(queue / "saslquota" / "policy") == ["0o660"]
+    postconf(SOCKET_MAIN, stock)
+    (path,) = re.findall("^saslquota = check_policy_service unix:(.*)$", main_cf(stock), re.M)
+    assert (queue / path).is_socket()
+
+
+# --- MySQL ----------------------------------------------------------------------------------------
+
+MYSQL = "MySQL or MariaDB"
+PIP = block(INSTALL, MYSQL, "sh", "pip install")
+CREATE = block(INSTALL, MYSQL, "sql")
+USE_MYSQL = block(INSTALL, MYSQL, "sh", "mysql.sql")
+LEAST_RIGHTS = block("SECURITY.md", "The database account", "sql")
+
+
+def test_pip() -> None:
+    """The tests' own environment has it already."""
+    pip = ("/opt/saslquota/venv/bin/pip", f"{sys.executable} -m pip")
+    assert "already satisfied: mysql-connector-python" in shell(PIP, pip)
+
+
+@pytest.fixture(params=["all rights", "least rights"])
+def named_database(
+    request: pytest.FixtureRequest, mariadb: MariaDB, new_directory: Callable[[], Path]
+) -> Iterator[Database]:
+    """The database that docs/install.md's statements make, but for its name."""
     name, password = "readme", "change-me"
-    statements = re.sub(r"\bsaslquota\b", name, block(SETTINGS, "sql"))
+    create, rights = CREATE, ""
+    if request.param == "least rights":
+        create = "".join(s for s in CREATE.splitlines(keepends=True) if "GRANT" not in s)
+        rights = LEAST_RIGHTS + LEAST_RIGHTS.replace("localhost", f"'{LOOPBACK}'")
     client = f"mariadb --no-defaults -uroot -S{mariadb.socket} {name}"
     opt = copy_shipped(new_directory())
     try:
-        mariadb.sql(statements)
-        for host in ("localhost", LOOPBACK):
-            grants = mariadb.sql(f"SHOW GRANTS FOR {name}@'{host}'")
-            assert f"GRANT ALL PRIVILEGES ON `{name}`.* TO" in grants
-        load, edit = block(SETTINGS, "sh", "mysql.sql").splitlines()
+        mariadb.sql(re.sub(r"\bsaslquota\b", name, create))
+        load, edit = USE_MYSQL.splitlines()
         shell(load, ("mysql saslquota", client))
         shell(edit, ("/opt/saslquota", str(opt)))
+        mariadb.sql(re.sub(r"\bsaslquota\b", name, rights))
         config = load_config(opt / "saslquota.json", {})
         assert (config.store, config.mypasswd, config.loglevel) == ("mysql", password, "INFO")
         yield Database(mariadb, name, "localhost", mariadb.port, name, password)
@@ -346,7 +596,7 @@ def test_production_with_mysql(daemon: START, named_database: Database) -> None:
         assert [policy.ask() for _ in range(3)] == ["OK"] * 3
     assert named_database.sql("SELECT total FROM sends ORDER BY seq DESC LIMIT 1") == "3"
     said = shell(
-        block(SETTINGS, "sh", "--check"),
+        CHECK,
         ("runuser -u saslquota -- /opt/saslquota/venv/bin/python", sys.executable),
         ("/opt/saslquota/saslquota.py", f"{ROOT}/saslquota.py -c {started.config_file}"),
     )
@@ -355,7 +605,17 @@ def test_production_with_mysql(daemon: START, named_database: Database) -> None:
 
 # --- Postfix --------------------------------------------------------------------------------------
 
-MAIN, MASTER = "5. Postfix: main.cf", "6. Postfix: master.cf"
+MAIN = block(README, "4. Postfix: main.cf", "sh", "inet:127.0.0.1:10008'")
+MAIN_WITHOUT_DAEMON = block(README, "4. Postfix: main.cf", "sh", "default_action")
+MASTER = block(README, "5. Postfix: master.cf", "sh", "=$saslquota")
+VERIFY = block(README, "5. Postfix: master.cf", "sh", "'*/inet/")
+VERIFIED = block(README, "5. Postfix: master.cf", "", "submission/inet")
+RELOAD = block(README, "5. Postfix: master.cf", "sh", "reload")
+REFUSAL = block(README, "saslquota", "")
+UNCOMMENT = block(INSTALL, "Postfix: submission", "sh")
+PER_MESSAGE = block(INSTALL, "Recipients or messages", "sh")
+OTHER_MASTER = block(INSTALL, "Other mail systems", "sh")
+BYPASS = block(OPERATION, "At 3 a.m.", "sh", "saslquota ='")
 
 
 @pytest.fixture
@@ -372,37 +632,35 @@ def postconf(script: str, directory: Path) -> str:
     return shell(script, ("postconf ", f"postconf -c {directory} "))
 
 
+def main_cf(directory: Path) -> str:
+    return (directory / "main.cf").read_text()
+
+
 def uncomment(directory: Path) -> None:
-    shell(block(MASTER, "sh", "sed -i"), ("/etc/postfix", str(directory)))
-
-
-VERIFY = block(MASTER, "sh", "'*/inet/smtpd_client_restrictions'")
-EXPECTED = block(MASTER, "", "submission/inet")
+    shell(UNCOMMENT, ("/etc/postfix", str(directory)))
 
 
 def test_main_cf(stock: Path) -> None:
-    plain = block(MAIN, "sh", "inet:127.0.0.1:10008'")
-    postconf(plain, stock)
+    postconf(MAIN, stock)
     line = "saslquota = check_policy_service inet:127.0.0.1:10008\n"
-    assert (stock / "main.cf").read_text() == line
-    postconf(block(MAIN, "sh", "default_action"), stock)
+    assert main_cf(stock) == line
+    postconf(MAIN_WITHOUT_DAEMON, stock)
     line = (
         "saslquota = check_policy_service"
         " { inet:127.0.0.1:10008, timeout=10s, default_action=DUNNO }\n"
     )
-    assert (stock / "main.cf").read_text() == line
+    assert main_cf(stock) == line
     default = run(["postconf", "-d", "-h", "smtpd_policy_service_default_action"]).strip()
-    assert default in README
+    assert f"`{default}`" in DOCUMENTS[README]
 
 
 def test_master_cf(stock: Path) -> None:
     """Both stock entries are hooked, once, and nothing else is."""
-    postconf(block(MAIN, "sh", "inet:127.0.0.1:10008'"), stock)
+    postconf(MAIN, stock)
     uncomment(stock)
     before = postconf("postconf -M; postconf -P", stock)
-    replace = block(MASTER, "sh", "submission/inet/smtpd_client_restrictions=$")
-    postconf(replace, stock)
-    assert postconf(VERIFY, stock) == EXPECTED
+    postconf(MASTER, stock)
+    assert postconf(VERIFY, stock) == VERIFIED
     after = postconf("postconf -M; postconf -P", stock)
     assert after.count("$saslquota") == 4  # twice in either list
     assert after.replace("$saslquota", "").split() == before.split()
@@ -410,15 +668,15 @@ def test_master_cf(stock: Path) -> None:
 
 
 def test_master_cf_twice_changes_nothing(stock: Path) -> None:
-    postconf(block(MAIN, "sh", "inet:127.0.0.1:10008'"), stock)
+    postconf(MAIN, stock)
     for _ in range(2):
         uncomment(stock)
-        postconf(block(MASTER, "sh", "submission/inet/smtpd_client_restrictions=$"), stock)
-        assert postconf(VERIFY, stock) == EXPECTED
+        postconf(MASTER, stock)
+        assert postconf(VERIFY, stock) == VERIFIED
 
 
 def test_a_line_above_the_empty_one_shows_when_verifying(stock: Path) -> None:
-    """What README.md warns of: the last one counts."""
+    """Postfix uses only the last one."""
     uncomment(stock)
     path = stock / "master.cf"
     empty = "  -o smtpd_client_restrictions=\n"
@@ -427,12 +685,12 @@ def test_a_line_above_the_empty_one_shows_when_verifying(stock: Path) -> None:
 
 
 def test_master_cf_per_message(stock: Path) -> None:
-    postconf(block(MAIN, "sh", "inet:127.0.0.1:10008'"), stock)
+    postconf(MAIN, stock)
     uncomment(stock)
-    postconf(block(MASTER, "sh", "submission/inet/smtpd_client_restrictions=$"), stock)
-    postconf(block(MASTER, "sh", "smtpd_data_restrictions"), stock)
+    postconf(MASTER, stock)
+    postconf(PER_MESSAGE, stock)
     assert "saslquota" not in postconf(VERIFY, stock)
-    assert postconf("postconf -P '*/inet/smtpd_data_restrictions'", stock) == EXPECTED.replace(
+    assert postconf("postconf -P '*/inet/smtpd_data_restrictions'", stock) == VERIFIED.replace(
         "client", "data"
     )
 
@@ -447,7 +705,13 @@ def test_the_reply_a_sender_sees(daemon: START, postfix: Callable[..., Postfix])
             assert session.rcpt(f"r{number}@example.net")[0] == 250
         code, text = session.rcpt("r50@example.net")
     seen = f"{code} {text.decode('utf-8')}\n"
-    assert seen.replace(LOOPBACK, "192.0.2.1") == block("saslquota", "")
+    assert seen.replace(LOOPBACK, "192.0.2.1") == REFUSAL
+
+
+def send_to_three(instance: Postfix) -> None:
+    with instance.login() as client:
+        to = [f"r{number}@example.net" for number in range(3)]
+        client.sendmail("alice@example.com", to, "Subject: x\n\n")
 
 
 @pytest.mark.parametrize(
@@ -466,9 +730,7 @@ def test_wrong_places(
     """What three recipients cost."""
     started = daemon()
     instance = postfix(f"check_policy_service inet:{LOOPBACK}:{started.port}", options=options)
-    with instance.login() as session:
-        to = [f"r{number}@example.net" for number in range(3)]
-        session.sendmail("alice@example.com", to, "Subject: x\n\n")
+    send_to_three(instance)
     rows = sqlite_rows(started.directory / "saslquota.db", "SELECT seq FROM sends")
     assert len(rows) == counted
 
@@ -481,16 +743,14 @@ def test_from_recipients_to_messages(daemon: START, postfix: Callable[..., Postf
 
     def rows_of_a_message() -> list[str]:
         before = len(sqlite_rows(ledger, "SELECT seq FROM sends"))
-        with instance.login() as session:
-            to = [f"r{number}@example.net" for number in range(3)]
-            session.sendmail("alice@example.com", to, "Subject: x\n\n")
+        send_to_three(instance)
         return sqlite_rows(ledger, f"SELECT recipients FROM sends WHERE seq > {before}")
 
     assert rows_of_a_message() == ["1", "1", "1"]
-    change = block(MASTER, "sh", "smtpd_data_restrictions")
+    change = PER_MESSAGE
     change = change.replace("submission/", f"{LOOPBACK}:{instance.port}/")
     postconf(change.replace("submissions/", f"{LOOPBACK}:{instance.tls_port}/"), instance.config)
-    shell(block(MASTER, "sh", "reload"), ("postfix ", f"postfix -c {instance.config} "))
+    shell(RELOAD, ("postfix ", f"postfix -c {instance.config} "))
     wait_for(lambda: rows_of_a_message() == ["3"], 20, "Postfix has read it")
 
 
@@ -500,65 +760,145 @@ def test_on_port_25_nobody_could_deliver(daemon: START, postfix: Callable[..., P
     with instance.login(None) as session, pytest.raises(smtplib.SMTPRecipientsRefused) as refused:
         session.sendmail("a@example.net", ["b@example.com"], "Subject: x\n\n")
     assert "authentication required" in str(refused.value)
-    assert "`authentication required`" in README
+    assert "`authentication required`" in DOCUMENTS[README]
+
+
+OTHER_SYSTEMS = re.findall(
+    r"^\| [^|]+ \| (?:`(.*)`|\(empty.*\)) \| `(\$saslquota.*)` \|$",
+    DOCUMENTS[INSTALL],
+    re.MULTILINE,
+)
+
+
+@pytest.mark.parametrize(("before", "after"), OTHER_SYSTEMS)
+def test_other_mail_systems(
+    daemon: START, new_directory: Callable[[], Path], before: str, after: str
+) -> None:
+    """Each value that an entry may hold, and the one that takes its place."""
+    assert len(OTHER_SYSTEMS) == 4
+    assert after == f"$saslquota,{before}".rstrip(",")
+    require("postfix", "postconf", "saslpasswd2", "openssl", root=True)
+    started = daemon()
+    policy = f"check_policy_service inet:{LOOPBACK}:{started.port}"
+    main = {"mua_client_restrictions": "permit_sasl_authenticated,reject"}
+    options = {"smtpd_client_restrictions": before}
+    instance = Postfix(new_directory(), policy, main, options)
+    (value,) = re.findall(r"=(.*)'", OTHER_MASTER)
+    change = OTHER_MASTER.replace(value, after)
+    postconf(change.replace("submission/", f"{LOOPBACK}:{instance.port}/"), instance.config)
+    with instance:
+        send_to_three(instance)
+        assert len(sqlite_rows(started.directory / "saslquota.db", "SELECT seq FROM sends")) == 3
+        with instance.login(None) as client, pytest.raises(smtplib.SMTPRecipientsRefused):
+            client.sendmail("a@example.net", ["b@example.com"], "Subject: x\n\n")
+
+
+@pytest.mark.parametrize("nosasl", ["REJECT", "DUNNO"])
+def test_without_login_in_mynetworks(
+    daemon: START, postfix: Callable[..., Postfix], nosasl: str
+) -> None:
+    value = "$saslquota,permit_mynetworks,permit_sasl_authenticated,reject"
+    options = {
+        "smtpd_client_restrictions": value,
+        "smtpd_recipient_restrictions": "permit_mynetworks,reject",
+    }
+    policy = f"check_policy_service inet:{LOOPBACK}:{daemon({'_nosasl': nosasl}).port}"
+    with postfix(policy, options=options).login(None) as client:
+        client.mail("a@example.net")
+        code, text = client.rcpt("b@example.com")
+    assert (code, b"authentication required" in text) == ((554, True), (250, False))[
+        nosasl == "DUNNO"
+    ]
+
+
+def test_bypass(daemon: START, postfix: Callable[..., Postfix]) -> None:
+    """Mail passes uncounted, and is counted again later."""
+    started = daemon()
+    instance = postfix(f"check_policy_service inet:{LOOPBACK}:{started.port}")
+    ledger = started.directory / "saslquota.db"
+
+    def is_counted() -> bool:
+        before = len(sqlite_rows(ledger, "SELECT seq FROM sends"))
+        send_to_three(instance)
+        return len(sqlite_rows(ledger, "SELECT seq FROM sends")) > before
+
+    assert is_counted()
+    private = (
+        ("postconf ", f"postconf -c {instance.config} "),
+        ("postfix ", f"postfix -c {instance.config} "),
+    )
+    shell(BYPASS, *private)
+    wait_for(lambda: not is_counted(), 20, "Postfix has read it")
+    shell(MAIN + RELOAD, *private, ("10008", str(started.port)))
+    wait_for(is_counted, 20, "Postfix has read it")
 
 
 # --- netcat ---------------------------------------------------------------------------------------
 
-netcats = pytest.mark.parametrize("netcat", ["nc.openbsd", "nc.traditional"])
+TRY_51 = block(README, "Try it", "sh", "seq 51")
+TRIED_51 = block(README, "Try it", "", "action=REJECT")
+LAST_VERDICT = block(README, "Try it", "sh", "/var/log/mail.log")
+MONITOR = block(OPERATION, "Monitoring", "sh", "| netcat")
+MONITOR_SHORTER = block(OPERATION, "Monitoring", "sh", "| nc -N")
 
 
-def shipped_rules(daemon: START) -> int:
-    """The port of a daemon with the shipped rules."""
-    return daemon(rules=json.loads((ROOT / "quotarules.json").read_text("utf-8"))).port
+def shipped_rules(daemon: START) -> Daemon:
+    """A daemon with the shipped rules."""
+    return daemon(rules=json.loads((ROOT / "quotarules.json").read_text("utf-8")))
 
 
-@netcats
-def test_try_it(daemon: START, netcat: str) -> None:
-    require(netcat)
-    port = ("10008", str(shipped_rules(daemon)))
-    line = block("Try it", "sh")
-    assert shell(line, ("netcat", netcat), port) == block("Try it", "") + "\n"
+def test_try_it(daemon: START) -> None:
+    require("nc.openbsd")
+    started = shipped_rules(daemon)
+    netcat = ("netcat", "nc.openbsd")
+    assert shell(TRY_51, netcat, ("10008", str(started.port))) == TRIED_51
+
+    def last_verdict() -> str:
+        return shell(LAST_VERDICT, ("/var/log/mail.log", str(started.output)))
+
+    wait_for(lambda: "action=REJECT" in last_verdict(), 5, "its verdict")
 
 
 @netcats
 def test_monitoring(daemon: START, netcat: str) -> None:
     require(netcat)
-    port = ("10008", str(shipped_rules(daemon)))
-    line = block("Monitoring", "sh", "| netcat")
-    assert shell(line, ("netcat", netcat), port) == "action=OK\n\n"
+    port = ("10008", str(shipped_rules(daemon).port))
+    assert shell(MONITOR, ("netcat", netcat), port) == "action=OK\n\n"
 
 
 @pytest.mark.parametrize("netcat", ["nc.openbsd -N", "nc.traditional -q1"])
 def test_monitoring_without_the_empty_request(daemon: START, netcat: str) -> None:
     require(netcat.split()[0])
-    assert f"`{re.sub(r'[.]openbsd|[.]traditional', '', netcat)}`" in README
-    port = ("10008", str(shipped_rules(daemon)))
-    line = block("Monitoring", "sh", "| nc -N")
-    assert shell(line, ("nc -N", netcat), port) == "action=OK\n\n"
+    documented = re.sub(r"[.]openbsd|[.]traditional", "", netcat)
+    assert f"`{documented}`" in DOCUMENTS[OPERATION]
+    port = ("10008", str(shipped_rules(daemon).port))
+    assert shell(MONITOR_SHORTER, ("nc -N", netcat), port) == "action=OK\n\n"
 
 
 def test_monitoring_sees_a_database_that_is_down(daemon: START) -> None:
     require("nc.openbsd")
     started = daemon({"_sqlitefile": "missing/saslquota.db"})
-    line = block("Monitoring", "sh", "| netcat")
-    said = shell(line, ("netcat", "nc.openbsd"), ("10008", str(started.port)))
+    said = shell(MONITOR, ("netcat", "nc.openbsd"), ("10008", str(started.port)))
     assert said.startswith("action=DEFER_IF_PERMIT ")
 
 
 # --- The log --------------------------------------------------------------------------------------
 
 
+INFO_LINES = block(OPERATION, "Log", "", "action=REJECT")
+DEBUG_LINES = block(OPERATION, "Log", "", "thread started")
+
+
 def shape(line: str) -> str:
     """A line without what differs from one time and connection to the next."""
-    line = re.sub(r"^(?:<\d+>|\w{3} \d+ [\d:]{8} mail )", "", line)
+    line = re.sub(r"^(?:<\d+>|\w{3} \d+ [\d:]{8} mail )", "", line.strip())
     line = re.sub(r"postfix/saslquota\[\d+\]:", "postfix/saslquota[]:", line)
     line = re.sub(r":\[\d+\] ", ":[] ", line)
     return re.sub(r"(end of recv: |thread stopped : )\([\d.]+\)", r"\1()", line)
 
 
 def logged(daemon: START, directory: Path, level: str, asks: int) -> list[str]:
-    """What syslog gets of the last of so many equal requests; the quota is 4/1500 at the fourth."""
+    """What syslog gets of equal requests; the quota is 4/1500 at the fourth."""
     rules = {"default": {"period": 86400, "msgquota": 1500, "msg": "too many mails today"}}
     with closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as syslog:
         syslog.bind(str(directory / "log"))
@@ -590,7 +930,7 @@ def logged(daemon: START, directory: Path, level: str, asks: int) -> list[str]:
 
 def test_log_lines_of_info(daemon: START, new_directory: Callable[[], Path]) -> None:
     lines = logged(daemon, new_directory(), "INFO", 4)
-    documented = [shape(line) for line in block("Log", "", "action=REJECT").splitlines()]
+    documented = [shape(line) for line in INFO_LINES.splitlines()]
     assert [line for line in lines if "4/1500" in line or "REJECT" in line] == documented
     assert sum("sasl_username" in line for line in lines) == 6
     assert not any("thread" in line for line in lines)
@@ -598,46 +938,134 @@ def test_log_lines_of_info(daemon: START, new_directory: Callable[[], Path]) -> 
 
 def test_log_lines_of_debug(daemon: START, new_directory: Callable[[], Path]) -> None:
     lines = logged(daemon, new_directory(), "DEBUG", 4)
-    documented = [shape(line) for line in block("Log", "", "thread started").splitlines()]
+    documented = [shape(line) for line in DEBUG_LINES.splitlines()]
     verdict = next(number for number, line in enumerate(lines) if "4/1500" in line)
     assert lines[verdict - 4 : verdict + 2] == documented
 
 
-def alarm(word: str) -> str:
-    """The beginning of a line that README.md calls worth an alarm, or its end."""
-    alarms = README.partition("Worth an\nalarm:")[2].partition("\n## ")[0]
-    lines: list[str] = re.findall(r"`([^`]+)`", alarms)
-    (found,) = [line for line in lines if word in line]
-    return found.removesuffix("...")
+SCRIPT = (ROOT / "saslquota.py").read_text("utf-8")
+STRINGS = [
+    node.value
+    for node in ast.walk(ast.parse(SCRIPT))
+    if isinstance(node, ast.Constant) and isinstance(node.value, str)
+]
+CAPITALS = re.compile(r"\b[A-Z]{4,}\b")  # in a documented line: what differs
 
 
-def test_log_lines_worth_an_alarm(daemon: START) -> None:
-    started = daemon()
+def in_script(line: str) -> bool:
+    """Whether the script holds the fixed parts of a documented line."""
+    return all(any(part in string for string in STRINGS) for part in CAPITALS.split(line))
+
+
+def pattern(line: str) -> str:
+    return ".+".join(map(re.escape, CAPITALS.split(line)))
+
+
+LINES = re.findall(r"^\| `(.+?)` \| (ERROR|WARNING|INFO) \|", DOCUMENTS[OPERATION], re.MULTILINE)
+
+
+def test_each_log_line_of_the_script_is_documented() -> None:
+    """Those of the level DEBUG are for developers; a text that is a variable is found elsewhere."""
+    texts = re.findall(r"""\blog\.(info|warning|error|exception)\(\s*["'](.*)["'][,)]""", SCRIPT)
+    assert len(texts) > 10
+    for name, text in texts:
+        level = "ERROR" if name == "exception" else name.upper()
+        logged = ".+".join(map(re.escape, re.split(r"%(?:\.0f|[ds])", text)))
+        assert text == "%s" or any(
+            re.match(logged, line) or re.match(pattern(line), text)
+            for line, its_level in LINES
+            if its_level == level
+        ), text
+
+
+def take_the_file_away(started: Daemon, policy: PolicyClient) -> None:
     ledger = started.directory / "saslquota.db"
+    assert policy.ask() == "OK"
+    ledger.rename(started.directory / "away")
+    ledger.mkdir()
+    wait_for(lambda: policy.ask().startswith("DEFER_IF_PERMIT"), 10, "the file is missed")
 
-    def see(word: str) -> None:
-        wait_for(lambda: alarm(word) in started.log(), 10, word)
 
+def date_a_send_ahead(started: Daemon, policy: PolicyClient) -> None:
+    assert policy.ask() == "OK"
+    started.stop()
+    sqlite_rows(started.directory / "saslquota.db", "UPDATE sends SET at = at + 7200000000")
+    started.start()
+    with started.policy() as another:
+        assert another.ask() == "OK"
+
+
+def connect_again(started: Daemon, policy: PolicyClient) -> None:
+    assert policy.ask() == "OK"
+    with started.policy() as another:
+        assert another.ask() == "OK"
+
+
+def break_the_rules(started: Daemon, _policy: PolicyClient) -> None:
+    (started.directory / "quotarules.json").write_text("{")
+
+
+def ask_at_connect(_started: Daemon, policy: PolicyClient) -> None:
+    assert policy.ask(protocol_state="CONNECT", sasl_username="") == "DUNNO"
+
+
+def send_junk(_started: Daemon, policy: PolicyClient) -> None:
+    policy.send(b"junk\n\n")
+
+
+Provoke = Callable[[Daemon, PolicyClient], None]
+PROVOKED: Mapping[str, tuple[Mapping[str, object], Provoke]] = {
+    "database unavailable": ({}, take_the_file_away),
+    "is lost": ({}, take_the_file_away),
+    "is dated": ({}, date_a_send_ahead),
+    "rules not reloaded": ({}, break_the_rules),
+    "nothing is counted": ({}, ask_at_connect),
+    "malformed input": ({}, send_junk),
+    "make room": ({"_maxconnections": 1}, connect_again),
+    "see _allow": ({"_allow": "192.0.2.1"}, lambda _started, _policy: None),
+}
+
+
+SEEN = (*PROVOKED, "rows locked")  # in the log of a daemon, below
+
+
+@pytest.mark.parametrize("line", [a for a, _ in LINES if not any(word in a for word in SEEN)])
+def test_log_lines_that_are_in_the_script(line: str) -> None:
+    assert in_script(line)
+
+
+@pytest.mark.parametrize("word", PROVOKED)
+def test_log_lines_to_alert_on(daemon: START, word: str) -> None:
+    (line,) = [line for line, _ in LINES if word in line]
+    settings, provoke = PROVOKED[word]
+    started = daemon({**settings, "_loglevel": "WARNING"})
     with started.policy() as policy:
-        assert policy.ask(protocol_state="CONNECT", sasl_username="") == "DUNNO"
-        see("nothing is counted")
-        (started.directory / "quotarules.json").write_text("{")
-        see("rules not reloaded")
-        assert policy.ask() == "OK"
-        away = started.directory / "away"
-        ledger.rename(away)
-        ledger.mkdir()
-        wait_for(lambda: policy.ask().startswith("DEFER_IF_PERMIT"), 10, "the file is missed")
-        see("cannot be used")
-        ledger.rmdir()
-        away.rename(ledger)
+        provoke(started, policy)
+        wait_for(lambda: re.search(pattern(line), started.log()), 10, line)
+
+
+def test_the_database_comes_back(daemon: START) -> None:
+    started = daemon()
+    with started.policy() as policy:
+        take_the_file_away(started, policy)
+        (started.directory / "saslquota.db").rmdir()
+        (started.directory / "away").rename(started.directory / "saslquota.db")
         wait_for(lambda: policy.ask() == "OK", 10, "the file is found")
-        see("counted again")
-        policy.send(b"junk\n\n")
-        see("malformed")
+    wait_for(lambda: "sends are counted again" in started.log(), 5, "the end of it")
 
 
-def test_the_alarm_about_locked_rows(daemon: START, database: Database) -> None:
+def test_mail_passes_uncounted(daemon: START) -> None:
+    started = daemon({"_onfailure": "OK", "_sqlitefile": "missing/saslquota.db"})
+    with started.policy() as policy:
+        assert policy.ask() == "OK"
+    (line,) = [line for line, _ in LINES if "database unavailable" in line]
+    assert "`mail passes uncounted`" in DOCUMENTS[OPERATION]
+    line = line.replace("CONSEQUENCE", "mail passes uncounted")
+    wait_for(lambda: re.search(pattern(line), started.log()), 5, line)
+
+
+def test_rows_that_are_locked(daemon: START, database: Database) -> None:
+    (line,) = [line for line, _ in LINES if "rows locked" in line]
     started = daemon({**database.config(), "_dbtimeout": 5})
     with started.policy() as policy, session(database.server, database.name) as locker:
         wait_for(lambda: policy.ask(sasl_username="bob") == "OK", 10, "it counts")
@@ -645,12 +1073,16 @@ def test_the_alarm_about_locked_rows(daemon: START, database: Database) -> None:
         locker.execute("SELECT seq FROM sends WHERE account = 'bob' FOR UPDATE")
         locker.fetchall()
         assert policy.ask(sasl_username="bob").startswith("DEFER_IF_PERMIT")
-        line = alarm("has locked its rows").partition("...")[2]
-        wait_for(lambda: line in started.log(), 10, line)
+        wait_for(lambda: re.search(pattern(line), started.log()), 10, line)
 
 
-# --- Looking and unblocking -----------------------------------------------------------------------
+# --- Usage and unblocking -------------------------------------------------------------------------
 
+STATEMENTS = {
+    heading: [block(OPERATION, heading, "sql", word) for word in ("AS used", "AS sent", "'reset'")]
+    for heading in ("MySQL, MariaDB", "SQLite")
+}
+SQLITE_CLIENT = block(OPERATION, "SQLite", "sh")
 QUOTA = {"default": {"period": 3600, "msgquota": 5, "msg": "no more"}}
 Sql = Callable[[str], list[str]]
 
@@ -665,7 +1097,7 @@ def sqlite_rows(path: Path, statement: str) -> list[str]:
 def counting(
     request: pytest.FixtureRequest, daemon: START
 ) -> tuple[Daemon, Sql, Callable[[str], str]]:
-    """A daemon, what runs SQL in its ledger, and README.md's statement with a word in it."""
+    """A daemon, what runs SQL in its ledger, and the documented statement with a word in it."""
     heading = str(request.param)
     if heading == "SQLite":
         started = daemon(rules=QUOTA)
@@ -679,7 +1111,10 @@ def counting(
         def run_sql(statement: str) -> list[str]:
             return database.sql(statement).splitlines()
 
-    return started, run_sql, lambda word: block(heading, "sql", word)
+    def statement(word: str) -> str:
+        return next(sql for sql in STATEMENTS[heading] if word in sql)
+
+    return started, run_sql, statement
 
 
 Counting = tuple[Daemon, Sql, Callable[[str], str]]
@@ -752,8 +1187,8 @@ def test_unblock(counting: Counting) -> None:
             assert sql(f"SELECT MAX(epoch) FROM sends WHERE account = '{BOB}'") == [str(epoch)]
         assert policy.ask(sasl_username="ann@x.org") == "REJECT no more"
     age(sql, statement, 3)
-    assert sql(statement("AS used")) == ["5"], "what stands before the reset is not counted"
-    assert "cannot be used" not in started.log()
+    assert sql(statement("AS used")) == ["5"], "what is before the reset is not counted"
+    assert "unavailable" not in started.log()
 
 
 def test_unblock_nobody(counting: Counting) -> None:
@@ -780,9 +1215,8 @@ def test_the_sqlite_client(daemon: START) -> None:
     started = daemon(rules=QUOTA)
     with started.policy() as policy:
         assert [policy.ask(sasl_username=BOB) for _ in range(6)][5] == "REJECT no more"
-        command = block("SQLite", "sh").strip()
         place = ("/var/lib/saslquota/saslquota.db", f"{started.directory}/saslquota.db")
-        script = f"{command} <<'END'\n{block('SQLite', 'sql', chr(39) + 'reset')}"
+        script = f"{SQLITE_CLIENT.strip()} <<'END'\n{STATEMENTS['SQLite'][2]}"
         script += "SELECT changes();\nEND\n"
         assert shell(script, ("runuser -u saslquota -- ", ""), place) == "1\n"
         wait_for(lambda: policy.ask(sasl_username=BOB) == "OK", 1.2, "he is accepted")
@@ -790,7 +1224,12 @@ def test_the_sqlite_client(daemon: START) -> None:
 
 # --- Upgrading ------------------------------------------------------------------------------------
 
-UPGRADE = "Upgrading from noskoski/postfix_saslquota 1.x"
+CARRY_OVER = block(UPGRADING, "From noskoski/postfix_saslquota 1.x", "sql")
+DROP_INDEX = {
+    "MySQL": block(UPGRADING, "From 2.0.0 to 2.1.0", "sql", "ALTER TABLE"),
+    "SQLite": block(UPGRADING, "From 2.0.0 to 2.1.0", "sql", "IF EXISTS"),
+}
+OLD_INDEX = "CREATE INDEX sends_window ON sends (account, epoch, at, seq, total, recipients)"
 OLD_TABLE = (
     "CREATE TABLE `log` (`sasl_username` VARCHAR(320) NOT NULL, `date` DATETIME(6) NOT NULL,"
     " PRIMARY KEY (`sasl_username`, `date`)) ENGINE = InnoDB"
@@ -829,7 +1268,7 @@ CARRIED = {BOB: "6", "ann@example.com": "2", "jose@example.com": "2", "josé@exa
 
 def test_carry_the_counts_over(daemon: START, old_log: Database) -> None:
     before = old_log.sql("SELECT * FROM log")
-    old_log.sql(block(UPGRADE, "sql"))
+    old_log.sql(CARRY_OVER)
     assert totals(old_log) == CARRIED
     rows = old_log.sql(
         "SELECT seq, epoch, recipients, total,"
@@ -858,22 +1297,21 @@ def test_carry_the_counts_over(daemon: START, old_log: Database) -> None:
         assert accepted("josé@example.com") == 7
         assert accepted("jose@example.com") == 6
         assert accepted("old@example.com") == 8
-    used = block("MySQL, MariaDB", "sql", "AS used")
-    assert old_log.sql(used) == "4"  # two were carried over
+    assert old_log.sql(STATEMENTS["MySQL, MariaDB"][0]) == "4"  # two were carried over
 
 
 def test_carry_over_twice(old_log: Database) -> None:
     for _ in range(2):
-        old_log.sql(block(UPGRADE, "sql"))
+        old_log.sql(CARRY_OVER)
         assert totals(old_log) == CARRIED
         assert old_log.sql("SELECT COUNT(*) FROM sends") == "12"
 
 
-def test_carry_over_beside_what_is_counted_already(daemon: START, old_log: Database) -> None:
-    """Whoever the new daemon has counted keeps that count."""
+def test_carry_over_leaves_what_is_counted_already(daemon: START, old_log: Database) -> None:
+    """A sender whom the new daemon has counted keeps that count."""
     with daemon(old_log.config()).policy() as policy:
         assert policy.ask(sasl_username=BOB) == "OK"
-        old_log.sql(block(UPGRADE, "sql"))
+        old_log.sql(CARRY_OVER)
         assert totals(old_log) == {**CARRIED, BOB: "1"}
         assert policy.ask(sasl_username=BOB) == "OK"
         assert policy.ask(sasl_username="ann@example.com") == "OK"
@@ -882,7 +1320,7 @@ def test_carry_over_beside_what_is_counted_already(daemon: START, old_log: Datab
 
 def test_the_old_settings_go_on_working(tmp_path: Path) -> None:
     """The ten keys of 1.x's own file."""
-    assert "without `_store` it means MySQL" in README
+    assert "without `_store`, the database is MySQL" in DOCUMENTS[UPGRADING]
     path = tmp_path / "saslquota.json"
     names = "bind bindport bindtimeout myhost myuser mypasswd mydb logfacility loglevel quotafile"
     table = settings_table()
@@ -892,6 +1330,44 @@ def test_the_old_settings_go_on_working(tmp_path: Path) -> None:
     load_rules(ROOT / "quotarules.json", 30 * 86400)
 
 
-def test_stopping_is_as_it_says(daemon: START) -> None:
-    """Ctrl-C ends it."""
-    assert daemon().stop(signal.SIGINT, timeout=5) == 0
+def test_the_old_steps_go_on_working(daemon: START, mariadb: MariaDB) -> None:
+    """The statements of 1.x's README, for a database in which its settings count."""
+    name, password = "owner", "*******"
+    steps = (
+        "create database saslquota; "
+        f"grant all on saslquota.* to saslquota@localhost identified by '{password}' ; "
+        "flush privileges;"
+    )
+    try:
+        mariadb.sql(steps.replace("saslquota", name))
+        mariadb.sql((ROOT / "mysql.sql").read_text("utf-8"), name)
+        database = Database(mariadb, name, "localhost", mariadb.port, name, password)
+        with daemon(database.config()).policy() as policy:
+            assert policy.ask() == "OK"
+        assert database.sql("SELECT COUNT(*) FROM sends") == "1"
+    finally:
+        mariadb.sql(f"DROP DATABASE IF EXISTS {name}; DROP USER IF EXISTS {name}@localhost")
+
+
+def test_the_index_of_early_tables(daemon: START, database: Database) -> None:
+    database.sql(OLD_INDEX)
+    database.sql(DROP_INDEX["MySQL"])
+    assert "sends_window" not in database.sql("SHOW INDEX FROM sends")
+    started = daemon()
+    path = started.directory / "saslquota.db"
+    with started.policy() as policy:
+        assert policy.ask() == "OK"
+        for statement in (OLD_INDEX, DROP_INDEX["SQLite"]):
+            sqlite_rows(path, statement)
+            assert policy.ask() == "OK"
+    assert "sends_window" not in str(sqlite_rows(path, "SELECT name FROM sqlite_master"))
+
+
+def test_the_new_log_lines() -> None:
+    """The lines to watch for from 2.1.0 on are those of docs/operation.md."""
+    table = re.findall(r"^\| `.+` \| `(.+)` \|$", DOCUMENTS[UPGRADING], re.MULTILINE)
+    assert len(table) == 5
+    assert set(table) <= {line for line, _ in LINES}
+
+
+RUN = frozenset(_taken)  # nothing is taken from here on: a test that runs may not be the only one
