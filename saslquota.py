@@ -2273,7 +2273,7 @@ class Committer(threading.Thread):
     state      it is                                      then
     idle       waiting for a charge, a second at most     gathering, or a chore
     gathering  taking what is in the queue                charging; the fallback in an outage
-    charging   in the ledger, the only state that may     idle; whatever it raises begins an outage
+    charging   in the ledger, the only state that may     idle; a StoreError begins an outage
                take long
     chore      purging a bite, or reconnecting            idle
 
@@ -2651,10 +2651,10 @@ class PolicyHandler(socketserver.BaseRequestHandler):
     def _await_reply(self) -> None:
         """Wait until the last request is answered, and the reply taken. Raises OSError."""
         with self._replying:
-            unsent, self._unsent = self._unsent, b""
-        self._pending = None
-        if unsent:
-            self.request.sendall(unsent)
+            self._pending = None
+        if self._unsent:
+            self.request.sendall(self._unsent)
+            self._unsent = b""
 
     def _receive(self, begun: bool) -> bytes:
         """The next bytes. Between requests it waits for ever: Postfix keeps its connections. The
