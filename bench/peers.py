@@ -11,6 +11,7 @@ import grp
 import json
 import os
 import pwd
+import select
 import signal
 import subprocess
 import tempfile
@@ -22,6 +23,8 @@ from servers import (
     OTHER,
     PLENTY,
     PYTHON,
+    START_SECONDS,
+    STOP_SECONDS,
     VENV,
     WORK,
     Bench,
@@ -102,15 +105,14 @@ def postfwd(bench: Bench, *, logged: bool) -> Daemon:
             str(bench.log_socket(OTHER)),
             *command,
         ]
+    bench.stack.callback(stop_detached, pid_file)
     subprocess.run(command, stdout=bench.log, stderr=bench.log, check=False)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + START_SECONDS
     while not (pid_file.exists() and accepts(port)):
         if time.monotonic() > deadline:
             raise BenchError("postfwd1 did not start")
         time.sleep(0.05)
-    pid = int(pid_file.read_text())
-    bench.stack.callback(stop_daemon, pid)
-    return Daemon(port, pid)
+    return Daemon(port, int(pid_file.read_text()))
 
 
 def drop_nothing() -> list[str]:
@@ -119,10 +121,14 @@ def drop_nothing() -> list[str]:
     return ["-u", user, "-g", grp.getgrgid(os.getegid()).gr_name]
 
 
-def stop_daemon(pid: int) -> None:
-    """End a process that has detached itself, so that nobody can wait for it."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGTERM)
+def stop_detached(pid_file: Path) -> None:
+    """End a process that has detached itself, so that it is no child to wait for."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        process = os.pidfd_open(int(pid_file.read_text()))
+        signal.pidfd_send_signal(process, signal.SIGTERM)
+        if not select.select([process], [], [], STOP_SECONDS)[0]:
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+        os.close(process)
 
 
 def policyd_rate_limit(bench: Bench, database: MariaDB | None) -> Daemon:
