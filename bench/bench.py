@@ -22,10 +22,14 @@ from pathlib import Path
 
 import scale
 import table
-from peers import policyd_rate_limit, postfwd
+from peers import install_peers, policyd_rate_limit, postfwd
 from rounds import Round
 from servers import (
+    BASELINE,
+    CHECKOUT,
     HERE,
+    OTHER,
+    PROGRAM,
     PYTHON,
     Bench,
     Daemon,
@@ -36,10 +40,10 @@ from servers import (
     busy_share,
     free_port,
     insert_alone,
+    ledger,
     pip_install,
     prepare,
     run_load,
-    saslquota,
 )
 
 LOADS: dict[str, dict[str, int | bool]] = {
@@ -60,23 +64,24 @@ def start_ceiling(this: Round) -> Daemon:
     return Daemon(port, this.bench.start(command, lambda: accepts(port)).pid)
 
 
-def start_on_mariadb(this: Round) -> Daemon:
-    this.database.create("main")
-    return saslquota(this.bench, this.database, "main")
+def start_on_mariadb(this: Round) -> dict[str, Daemon]:
+    this.create("main")
+    return this.start(this.database, "main")
 
 
-def start_on_sqlite(this: Round) -> Daemon:
-    return saslquota(this.bench, None, f"main{this.turn}")
+def start_on_sqlite(this: Round) -> dict[str, Daemon]:
+    return this.start(None, f"main{this.turn}")
 
 
-SUBJECTS: dict[str, Callable[[Round], Daemon]] = {
-    table.CEILING: start_ceiling,
+# The daemons of a row: one for each saslquota.py, or the one that is not saslquota.
+SUBJECTS: dict[str, Callable[[Round], dict[str, Daemon]]] = {
+    table.CEILING: lambda this: {OTHER: start_ceiling(this)},
     table.MARIADB: start_on_mariadb,
     table.SQLITE: start_on_sqlite,
-    table.POSTFWD: lambda this: postfwd(this.bench, logged=True),
-    table.POSTFWD_SILENT: lambda this: postfwd(this.bench, logged=False),
-    table.PRL_MYSQL: lambda this: policyd_rate_limit(this.bench, this.database),
-    table.PRL_SQLITE: lambda this: policyd_rate_limit(this.bench, None),
+    table.POSTFWD: lambda this: {OTHER: postfwd(this.bench, logged=True)},
+    table.POSTFWD_SILENT: lambda this: {OTHER: postfwd(this.bench, logged=False)},
+    table.PRL_MYSQL: lambda this: {OTHER: policyd_rate_limit(this.bench, this.database)},
+    table.PRL_SQLITE: lambda this: {OTHER: policyd_rate_limit(this.bench, None)},
 }
 ROWS = {
     "ceiling": table.CEILING,
@@ -95,18 +100,18 @@ OURS = (table.MARIADB, table.SQLITE)
 
 
 def measure_rows(this: Round, rows: list[str], loads: list[str]) -> None:
-    """Each row under each load. All servers stand ready; who comes first changes every round."""
+    """Each row under each load. All servers are ready; every round begins with another row."""
     names = [ROWS[row] for row in rows if ROWS[row] in SUBJECTS]
-    daemons: dict[str, Daemon] = {}
+    daemons: dict[str, dict[str, Daemon]] = {}
     for name in names:
         with this.attempt(name):
             daemons[name] = SUBJECTS[name](this)
     order = list(daemons.items())
     order = order[this.turn % len(order) :] + order[: this.turn % len(order)] if order else []
     for label in loads:
-        for name, daemon in order:
+        for name, started in order:
             load = this.load(**LOADS[label], accepted=accepted_by(name))
-            this.record(name, label, functools.partial(measure, this, name, daemon, load))
+            this.record(name, label, functools.partial(measure, this, name, started, load), started)
     if "insert" in rows:
         measure_insert(this)
     if not this.serious():
@@ -118,13 +123,15 @@ def accepted_by(name: str) -> str:
     return "action=DUNNO" if name == table.POSTFWD_SILENT else "action=OK"
 
 
-def measure(this: Round, name: str, daemon: Daemon, load: Load) -> Result:
+def measure(this: Round, name: str, daemons: dict[str, Daemon], load: Load, program: str) -> Result:
     """One measurement, with a profile of the daemon when asked for."""
+    daemon = daemons[program]
     with contextlib.ExitStack() as stack:
         if this.profiles and name in OURS:
-            file = this.profiles / f"{name}, {load.connections}{' new' * load.fresh}.txt"
-            stack.enter_context(profile(daemon.pid, file, load.warmup + load.seconds))
-        return run_load([daemon.port], load)
+            file = f"{name}, {load.connections}{' new' * load.fresh}, {program}.txt"
+            seconds = load.warmup + load.seconds
+            stack.enter_context(profile(daemon.pid, this.profiles / file, seconds))
+        return run_load([daemon], load)
 
 
 @contextlib.contextmanager
@@ -145,28 +152,32 @@ def profile(pid: int, file: Path, seconds: float) -> Iterator[None]:
 
 
 def measure_insert(this: Round) -> None:
-    """The bare INSERT, into a table of its own."""
-    this.database.create("bare")
-    this.record(
-        table.INSERT,
-        "1",
-        lambda: insert_alone(this.database, "bare", this.seconds, this.seconds / 3),
-    )
+    """The bare INSERT, of one row and of several, into a table of its own."""
+    for row, rows in ((table.INSERT, 1), (table.INSERT_EIGHT, 8)):
+        this.database.create("bare")
+        this.record(row, "1", functools.partial(insert_rows, this, rows), [OTHER])
+
+
+def insert_rows(this: Round, rows: int, _: str) -> Result:
+    """The measurement of an INSERT, of that many rows."""
+    return insert_alone(this.database, "bare", rows, this.seconds)
 
 
 def verify(this: Round) -> None:
     """Every accepted send must have its row: a fast answer that is not durable does not count."""
-    for name in OURS:
-        sends = [done.all_accepted for (row, _), done in this.results.items() if row == name]
-        if sends and sum(sends) != (rows := count_rows(this, name)):
-            this.failures.append(f"{name}: {sum(sends)} sends accepted, {rows} rows written")
+    for program in this.bench.sources:
+        for name in OURS:
+            row = table.of_baseline(name) if program == BASELINE else name
+            sends = [done.all_accepted for key, done in this.results.items() if key[0] == row]
+            if sends and sum(sends) != (rows := count_rows(this, name, program)):
+                this.failures.append(f"{row}: {sum(sends)} sends accepted, {rows} rows written")
 
 
-def count_rows(this: Round, name: str) -> int:
+def count_rows(this: Round, name: str, program: str) -> int:
     """The rows in the ledger of the main part."""
     if name == table.MARIADB:
-        return this.database.count("main")
-    path = this.bench.data / f"main{this.turn}.db"
+        return this.database.count(ledger("main", program))
+    path = this.bench.data / f"{ledger(f'main{this.turn}', program)}.db"
     with contextlib.closing(sqlite3.connect(path)) as file:
         return int(file.execute("SELECT COUNT(*) FROM sends").fetchone()[0])
 
@@ -174,10 +185,23 @@ def count_rows(this: Round, name: str) -> int:
 # --- the run -------------------------------------------------------------------------------------
 
 
-def measure_all(options: argparse.Namespace) -> tuple[list[Round], int]:
-    """All rounds, and the number of lines that saslquota has logged."""
+def source_of(revision: str) -> str:
+    """saslquota.py as it is in a file or in a revision of this repository."""
+    if Path(revision).is_file():
+        return Path(revision).read_text()
+    command = ["git", "-C", str(HERE), "show", f"{revision}:saslquota.py"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"bench: {done.stderr.strip()}")
+    return done.stdout
+
+
+def measure_all(
+    sources: dict[str, str], options: argparse.Namespace
+) -> tuple[list[Round], dict[str, int]]:
+    """All rounds, and the number of lines that each saslquota.py has logged."""
     rounds = []
-    with Bench() as bench:
+    with Bench(sources) as bench:
         database = MariaDB(bench, options.mariadbd)
         for turn in range(options.rounds):
             this = Round(
@@ -190,7 +214,7 @@ def measure_all(options: argparse.Namespace) -> tuple[list[Round], int]:
             for case in options.scale:
                 with bench.section(), this.attempt(case):
                     scale.CASES[case](this)
-        return rounds, bench.lines_logged()
+        return rounds, {program: bench.lines_logged(program) for program in sources}
 
 
 def machine() -> str:
@@ -213,21 +237,19 @@ def machine() -> str:
     )
 
 
-def report(rounds: list[Round], lines: int, options: argparse.Namespace) -> None:
+def report(rounds: list[Round], lines: dict[str, int], options: argparse.Namespace) -> None:
     """Print the table, the targets and what qualifies them."""
     results = [this.results for this in rounds]
-    decisions = sum(
-        done.all_accepted + done.all_refused
-        for result in results
-        for (row, _), done in result.items()
-        if row not in (table.CEILING, *table.PEERS)
-    )
     print(f"{machine()}; medians of {options.rounds} rounds of {options.seconds:g} s\n")
     print(table.table(results))
+    if options.baseline:
+        print(f"\nThe baseline is {options.baseline}. {table.slower(results)}")
     print(f"\n{table.reached(results)}")
     others = ", ".join(f"{this.others:.0%}" for this in rounds)
     print(f"\nOther programs used {others} of the processors before each round.")
-    print(f"saslquota sent {lines:,} log lines for {decisions:,} decisions.")
+    for program, count in lines.items():
+        made = sum(this.decisions(program) for this in rounds)
+        print(f"saslquota ({program}) sent {count:,} log lines for {made:,} decisions.")
     if options.quick:
         print("This was a quick run: sizes are a hundredth of those named, figures mean nothing.")
     for this in rounds:
@@ -279,6 +301,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="a further option for mariadbd, such as --mariadbd=--innodb-buffer-pool-size=512M",
     )
     parser.add_argument(
+        "--baseline",
+        metavar="REVISION",
+        help="measure another saslquota.py beside the checkout's: a revision for git, or a file",
+    )
+    parser.add_argument(
         "--json", type=Path, metavar="FILE", help="also write every measurement to a file"
     )
     parser.add_argument(
@@ -304,12 +331,16 @@ def raise_descriptor_limit() -> None:
 def main(argv: list[str] | None = None) -> int:
     """Returns 1 when a measurement failed, other than a peer's, or a send has no row."""
     options = parse_arguments(argv)
+    sources = {CHECKOUT: PROGRAM.read_text()}
+    if options.baseline:
+        sources[BASELINE] = source_of(options.baseline)
     prepare()
+    install_peers(options.rows)
     if options.profile:
         pip_install("py-spy")
         options.profile.mkdir(parents=True, exist_ok=True)
     raise_descriptor_limit()
-    rounds, lines = measure_all(options)
+    rounds, lines = measure_all(sources, options)
     report(rounds, lines, options)
     if options.json:
         content = [

@@ -12,8 +12,10 @@
  *     -w S     seconds of warm-up that are not measured (0)
  *     -t S     seconds to measure (3); or
  *     -n N     requests to measure, as long as it takes, without warm-up
- *     -s N     senders (1000), chosen at random with a fixed seed, or
+ *     -s N     senders (1000), chosen at random, or
  *     -o       each sender in turn, in a scrambled order
+ *     -S N     seed of the random choice (0); with the same seed, two generators side by side ask
+ *              for the same senders at the same time
  *     -f N     number of the first sender (0)
  *     -N       a new connection for each request
  *     -a TEXT  reply that counts as accepted (action=OK)
@@ -36,7 +38,7 @@
 #include <unistd.h>
 
 enum { MAX_CONNECTIONS = 4096, MAX_PORTS = 16, MAX_REPLY = 1024, MAX_REQUEST = 2048 };
-enum { PATIENCE_MS = 30000, LONGEST_US = 60000000, SCRAMBLE = 48271, PACE_US = 1000 };
+enum { REPLY_TIMEOUT_MS = 30000, LONGEST_US = 60000000, SCRAMBLE = 48271, PACE_US = 1000 };
 
 struct connection {
     int fd;
@@ -61,6 +63,7 @@ static struct connection connections[MAX_CONNECTIONS];
 static uint32_t histogram[LONGEST_US + 1]; /* one bucket per microsecond; untouched pages cost nothing */
 static int64_t measured, accepted, refused, all_accepted, all_refused, sent, longest;
 static int64_t begin, end, first_instance;
+static uint64_t random_state = UINT64_C(88172645463325252);
 static double cpu_at_begin = -1, cpu_at_end = -1;
 static int poller, active;
 
@@ -94,14 +97,12 @@ static double cpu_seconds(void)
 
 static long next_sender(void)
 {
-    static uint64_t state = 88172645463325252ULL;
-
     if (option.in_turn)
         return option.first_sender + (sent * SCRAMBLE) % option.senders;
-    state ^= state << 13;
-    state ^= state >> 7;
-    state ^= state << 17;
-    return option.first_sender + (long)(state % (uint64_t)option.senders);
+    random_state ^= random_state << 13;
+    random_state ^= random_state >> 7;
+    random_state ^= random_state << 17;
+    return option.first_sender + (long)(random_state % (uint64_t)option.senders);
 }
 
 /* write_request - the block that Postfix 3.7 sends for a RCPT on submission, in its order */
@@ -242,9 +243,9 @@ static void run(void)
     int n, i;
 
     while (active > 0) {
-        n = epoll_wait(poller, events, 256, PATIENCE_MS);
+        n = epoll_wait(poller, events, 256, REPLY_TIMEOUT_MS);
         if (n == 0)
-            die("no reply for %d s", PATIENCE_MS / 1000);
+            die("no reply for %d s", REPLY_TIMEOUT_MS / 1000);
         if (n < 0 && errno != EINTR)
             die("epoll_wait: %s", strerror(errno));
         for (i = 0; i < n; i++) {
@@ -300,13 +301,14 @@ static void parse_options(int argc, char **argv)
     int letter;
 
     set_reply(option.accepted, &option.accepted_length, "action=OK");
-    while ((letter = getopt(argc, argv, "c:w:t:n:s:f:oNa:r:")) != -1)
+    while ((letter = getopt(argc, argv, "c:w:t:n:s:S:f:oNa:r:")) != -1)
         switch (letter) {
         case 'c': option.connections = atoi(optarg); break;
         case 'w': option.warmup = atof(optarg); break;
         case 't': option.seconds = atof(optarg); break;
         case 'n': option.requests = atol(optarg); break;
         case 's': option.senders = atoi(optarg); break;
+        case 'S': random_state ^= strtoull(optarg, NULL, 10) * UINT64_C(0x9e3779b97f4a7c15); break;
         case 'f': option.first_sender = atol(optarg); break;
         case 'o': option.in_turn = 1; break;
         case 'N': option.fresh = 1; break;

@@ -20,7 +20,6 @@ from pathlib import Path
 import table
 from rounds import Round
 from servers import (
-    PLENTY,
     REFUSAL,
     BenchError,
     Daemon,
@@ -28,6 +27,7 @@ from servers import (
     MariaDB,
     Result,
     free_port,
+    ledger,
     run_load,
     saslquota,
     saslquota_command,
@@ -35,17 +35,18 @@ from servers import (
 )
 
 DAY = 86400
+ON_MARIADB_48 = "48, MariaDB"
 BULK_ACCOUNTS = 500  # in one INSERT of a bulk load
 REQUEST = (
     b"request=smtpd_access_policy\nprotocol_state=RCPT\nsasl_username=%s@example.org\n"
     b"sender=a@example.org\nrecipient=b@example.com\ninstance=1a2b.6553f100.a1b2c.0\n\n"
 )
 
-Measure = tuple[str, Callable[[], Result]]
+Measure = tuple[str, Callable[[str], Result]]  # a row, and how a saslquota.py is measured for it
 
 
 def measure_pair(this: Round, one: Measure, other: Measure, label: str = table.ON_MARIADB) -> None:
-    """Measure two rows that will be compared; who comes first changes every round."""
+    """Measure two rows that will be compared; every round begins with the other one."""
     for row, measure in (one, other) if this.turn % 2 == 0 else (other, one):
         this.record(row, label, measure)
 
@@ -72,13 +73,12 @@ def fill(database: MariaDB, name: str, accounts: int, each: int, span: int, age:
     database.settle()
 
 
-def fill_once(
-    database: MariaDB, name: str, accounts: int, each: int, span: int, age: int = 0
-) -> None:
-    """Fill a database unless an earlier round has."""
-    if not database.has(name):
-        database.create(name)
-        fill(database, name, accounts, each, span, age)
+def fill_once(this: Round, name: str, accounts: int, each: int, span: int, age: int = 0) -> None:
+    """Fill the ledger of each saslquota.py unless an earlier round has."""
+    for database in this.ledgers(name):
+        if not this.database.has(database):
+            this.database.create(database)
+            fill(this.database, database, accounts, each, span, age)
 
 
 def fill_sqlite(path: Path, accounts: int, each: int, span: int) -> None:
@@ -104,30 +104,30 @@ def fill_sqlite(path: Path, accounts: int, each: int, span: int) -> None:
 # --- the cases -----------------------------------------------------------------------------------
 
 
-def loaded(daemon: Daemon, load: Load) -> Callable[[], Result]:
-    """The measurement of a daemon under a load."""
-    return lambda: run_load([daemon.port], load)
+def loaded(daemons: dict[str, Daemon], load: Load) -> Callable[[str], Result]:
+    """The measurement of one of the daemons under a load."""
+    return lambda program: run_load([daemons[program]], load)
 
 
 def millions(this: Round) -> None:
     """5,000,000 rows: a thousand senders with 5,000 sends each in the last 20 days."""
-    fill_once(this.database, "millions", 1000, this.size(5000), 20 * DAY)
-    this.database.create("few")
+    fill_once(this, "millions", 1000, this.size(5000), 20 * DAY)
+    this.create("few")
     load = this.load(warmup=this.seconds)
-    few, many = (saslquota(this.bench, this.database, name) for name in ("few", "millions"))
+    few, many = (this.start(this.database, name) for name in ("few", "millions"))
     measure_pair(this, (table.EMPTY, loaded(few, load)), (table.MILLIONS, loaded(many, load)))
 
 
 def millions_sqlite(this: Round) -> None:
     """The same on SQLite."""
-    path = this.bench.data / "millions.db"
-    if not path.exists():
+    files = [this.bench.data / f"{name}.db" for name in this.ledgers("millions")]
+    if not all(file.exists() for file in files):
         with this.bench.section():
-            saslquota(this.bench, None, "millions")
-        fill_sqlite(path, 1000, this.size(5000), 20 * DAY)
+            this.start(None, "millions")
+        for file in files:
+            fill_sqlite(file, 1000, this.size(5000), 20 * DAY)
     load = this.load(warmup=this.seconds)
-    few = saslquota(this.bench, None, f"few{this.turn}")
-    many = saslquota(this.bench, None, "millions")
+    few, many = (this.start(None, name) for name in (f"few{this.turn}", "millions"))
     measure_pair(
         this,
         (table.EMPTY_SQLITE, loaded(few, load)),
@@ -138,10 +138,10 @@ def millions_sqlite(this: Round) -> None:
 
 def hot_window(this: Round) -> None:
     """One sender with 100,000 sends in its window, some of which leave it during the run."""
-    fill_once(this.database, "hot", 1, this.size(100_000), DAY + 600)
-    this.database.create("mild")
+    fill_once(this, "hot", 1, this.size(100_000), DAY + 600)
+    this.create("mild")
     load = this.load(senders=1)
-    mild, hot = (saslquota(this.bench, this.database, name, DAY) for name in ("mild", "hot"))
+    mild, hot = (this.start(this.database, name, period=DAY) for name in ("mild", "hot"))
     measure_pair(
         this, (table.ONE_SENDER, loaded(mild, load)), (table.HOT_WINDOW, loaded(hot, load))
     )
@@ -150,20 +150,19 @@ def hot_window(this: Round) -> None:
 def cold(this: Round) -> None:
     """100,000 senders with ten earlier sends each, none of them known to the daemon yet."""
     senders = this.size(100_000)
-    fill_once(this.database, "cold", senders, 10, 7200)
-    daemon = saslquota(this.bench, this.database, "cold")
+    fill_once(this, "cold", senders, 10, 7200)
+    daemons = this.start(this.database, "cold")
     each_once = Load(senders=senders, requests=senders, in_turn=True)
-    this.record(table.COLD, table.ON_MARIADB, loaded(daemon, each_once))
-    this.record(table.WARM, table.ON_MARIADB, loaded(daemon, this.load()))
+    this.record(table.COLD, table.ON_MARIADB, loaded(daemons, each_once))
+    this.record(table.WARM, table.ON_MARIADB, loaded(daemons, this.load()))
 
 
 def idle(this: Round) -> None:
     """2,000 connections that have asked once and stay open, as idle smtpd processes keep theirs."""
-    this.database.create("idle")
-    daemon = saslquota(this.bench, this.database, "idle", _maxconnections=4000)
-    this.record(table.FEW_IDLE, table.ON_MARIADB, loaded(daemon, this.load()))
-    with idle_connections(daemon.port, this.size(2000)):
-        this.record(table.IDLE, table.ON_MARIADB, lambda: with_memory(daemon, this.load()))
+    this.create("idle")
+    daemons = this.start(this.database, "idle", _maxconnections=4000)
+    this.record(table.FEW_IDLE, table.ON_MARIADB, loaded(daemons, this.load()))
+    this.record(table.IDLE, table.ON_MARIADB, lambda program: among_idle(this, daemons[program]))
 
 
 @contextlib.contextmanager
@@ -185,57 +184,63 @@ def ask(connection: socket.socket, login: bytes) -> None:
         raise BenchError(f"reply {reply!r}")
 
 
-def with_memory(daemon: Daemon, load: Load) -> Result:
-    """A measurement, and the daemon's resident memory in megabytes after it."""
-    result = run_load([daemon.port], load)
+def among_idle(this: Round, daemon: Daemon) -> Result:
+    """A measurement beside idle connections, and the daemon's resident memory in megabytes."""
+    with idle_connections(daemon.port, this.size(2000)):
+        return dataclasses.replace(run_load([daemon], this.load()), extra=resident(daemon))
+
+
+def resident(daemon: Daemon) -> float:
+    """A daemon's resident memory in megabytes."""
     for line in Path(f"/proc/{daemon.pid}/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
-            return dataclasses.replace(result, extra=int(line.split()[1]) * 1024 / 1e6)
+            return int(line.split()[1]) * 1024 / 1e6
     raise BenchError("no resident memory in /proc")
 
 
 def purge(this: Round) -> None:
     """1,000,000 rows that have outlived the retention, beside as many that have not."""
     each = this.size(1000)
-    fill_once(this.database, "fresh", 1000, each, DAY)
-    fill_once(this.database, "old", 1000, each, DAY, age=40 * DAY)
+    fill_once(this, "fresh", 1000, each, DAY)
+    fill_once(this, "old", 1000, each, DAY, age=40 * DAY)
     measure_pair(
         this,
-        (table.NO_PURGE, lambda: without_purge(this)),
-        (table.PURGE, lambda: during_purge(this)),
+        (table.NO_PURGE, functools.partial(without_purge, this)),
+        (table.PURGE, functools.partial(during_purge, this)),
     )
 
 
-def without_purge(this: Round) -> Result:
+def without_purge(this: Round, program: str) -> Result:
     """The daemon alone on the young rows: the other one's purge would disturb it."""
     with this.bench.section():
-        daemon = saslquota(this.bench, this.database, "fresh")
-        return run_load([daemon.port], this.load())
+        daemon = saslquota(this.bench, program, this.database, "fresh")
+        return run_load([daemon], this.load())
 
 
-def during_purge(this: Round) -> Result:
+def during_purge(this: Round, program: str) -> Result:
     """A measurement that counts only when rows are purged before and after it."""
+    name = ledger("old", program)
     with this.bench.section():
-        before = oldest(this.database)
-        daemon = saslquota(this.bench, this.database, "old")
-        await_purge(this.database, before, 30)
-        result = run_load([daemon.port], this.load())
-        await_purge(this.database, oldest(this.database), 5)
+        before = oldest(this.database, name)
+        daemon = saslquota(this.bench, program, this.database, "old")
+        await_purge(this.database, name, before, 30)
+        result = run_load([daemon], this.load())
+        await_purge(this.database, name, oldest(this.database, name), 5)
         return result
 
 
-def await_purge(database: MariaDB, before: str, seconds: float) -> None:
+def await_purge(database: MariaDB, name: str, before: str, seconds: float) -> None:
     """Wait until more rows have gone."""
     deadline = time.monotonic() + seconds
-    while oldest(database) == before:
+    while oldest(database, name) == before:
         if time.monotonic() > deadline:
             raise BenchError(f"nothing was purged for {seconds:g} s")
         time.sleep(0.05)
 
 
-def oldest(database: MariaDB) -> str:
+def oldest(database: MariaDB, name: str) -> str:
     """The time of the oldest row that a purge has left."""
-    return database.sql("SELECT MIN(at) FROM sends", "old")
+    return database.sql("SELECT MIN(at) FROM sends", name)
 
 
 def three_daemons(this: Round) -> None:
@@ -245,12 +250,21 @@ def three_daemons(this: Round) -> None:
         ("alone", 1, table.ONE_DAEMON),
         ("shared", 3, table.THREE_DAEMONS),
     ):
-        this.database.create(name)
-        ports = [saslquota(this.bench, this.database, name).port for _ in range(daemons)]
-        this.record(row, "48, MariaDB", functools.partial(run_load, ports, load))
-        result = this.results.get((row, "48, MariaDB"))
-        if result and this.database.count(name) != result.all_accepted:
-            this.failures.append(f"{row}: {result.all_accepted} accepted, other number of rows")
+        this.create(name)
+        started = [this.start(this.database, name) for _ in range(daemons)]
+        this.record(
+            row, ON_MARIADB_48, functools.partial(run_side_by_side, this, name, started, load)
+        )
+
+
+def run_side_by_side(
+    this: Round, name: str, started: list[dict[str, Daemon]], load: Load, program: str
+) -> Result:
+    """Load several daemons with one database; each accepted send must have its row."""
+    result = run_load([daemons[program] for daemons in started], load)
+    if (rows := this.database.count(ledger(name, program))) != result.all_accepted:
+        raise BenchError(f"{result.all_accepted} sends accepted, {rows} rows written")
+    return result
 
 
 def steady(this: Round) -> None:
@@ -258,49 +272,53 @@ def steady(this: Round) -> None:
     period = max(1, round(this.seconds))
     load = this.load(warmup=period + 1.0)
     for name in ("filling", "sliding", "quota"):
-        this.database.create(name)
-    filling = saslquota(this.bench, this.database, "filling")
-    sliding = saslquota(this.bench, this.database, "sliding", period)
+        this.create(name)
+    filling = this.start(this.database, "filling")
+    sliding = this.start(this.database, "sliding", period=period)
     measure_pair(
         this, (table.FILLING, loaded(filling, load)), (table.SLIDING, loaded(sliding, load))
     )
     if done := this.results.get((table.SLIDING, table.ON_MARIADB)):
         half = max(1, int(done.rate * period / load.senders / 2))
-        daemon = saslquota(this.bench, this.database, "quota", period, half)
+        daemons = this.start(this.database, "quota", period=period, quota=half)
         refusing = dataclasses.replace(load, refused=REFUSAL)
-        this.record(table.AT_QUOTA, table.ON_MARIADB, loaded(daemon, refusing))
+        this.record(table.AT_QUOTA, table.ON_MARIADB, loaded(daemons, refusing))
 
 
 def pools(this: Round) -> None:
     """Every sender in the pool of its domain and in that of the service, beside none."""
     for name in ("apart", "pooled"):
-        this.database.create(name)
-    apart = saslquota(this.bench, this.database, "apart")
-    pooled = saslquota(this.bench, this.database, "pooled", pools=("@example.org", "*"))
+        this.create(name)
+    apart = this.start(this.database, "apart")
+    pooled = this.start(this.database, "pooled", pools=("@example.org", "*"))
     load = this.load()
     measure_pair(this, (table.NO_POOLS, loaded(apart, load)), (table.POOLS, loaded(pooled, load)))
 
 
 def refusals(this: Round) -> None:
     """One hot sender far over its quota."""
-    this.database.create("refused")
-    daemon = saslquota(this.bench, this.database, "refused", quota=50)
+    this.create("refused")
+    daemons = this.start(this.database, "refused", quota=50)
     load = this.load(senders=1, refused=REFUSAL)
-    this.record(table.REFUSED, table.ON_MARIADB, loaded(daemon, load))
+    this.record(table.REFUSED, table.ON_MARIADB, loaded(daemons, load))
 
 
 def start(this: Round) -> None:
     """From the start of the process to its first reply, on an SQLite file that exists."""
-    times = [start_seconds(this) for _ in range(5)]
+    this.record(table.START, "1", functools.partial(start_five_times, this))
+
+
+def start_five_times(this: Round, program: str) -> Result:
+    """The median and the longest of five starts."""
+    times = [start_seconds(this, program) for _ in range(5)]
     middle = statistics.median(times)
-    result = Result(1 / middle, middle * 1e6, max(times) * 1e6, extra=middle)
-    this.record(table.START, "1", lambda: result)
+    return Result(1 / middle, middle * 1e6, max(times) * 1e6, extra=middle)
 
 
-def start_seconds(this: Round) -> float:
+def start_seconds(this: Round, program: str) -> float:
     """Start a daemon, ask it as soon as it listens, stop it."""
     port = free_port()
-    command = saslquota_command(this.bench, None, "start", port, 3600, PLENTY)
+    command = saslquota_command(this.bench, program, None, "start", port)
     begun = time.monotonic()
     with this.bench.section():
         this.bench.start(command, lambda: answers(port), pause=0.002)

@@ -32,17 +32,13 @@ VENV = HERE / ".venv"
 WORK = HERE / ".work"
 PYTHON = VENV / "bin" / "python"
 
-# The command that is missing → Debian's package that brings it. The last two build mysqlclient,
-# which policyd-rate-limit wants for MySQL.
-DEBIAN = {
-    "mariadbd": "mariadb-server",
-    "cc": "gcc",
-    "postfwd1": "postfwd",
-    "mariadb_config": "libmariadb-dev",
-    "pkg-config": "pkg-config",
-    "python3-config": "python3-dev",
-}
-REQUIRED = ("mariadbd", "cc")
+# What is measured: this checkout's saslquota.py, the one that it is compared with, or what is not
+# saslquota.
+CHECKOUT, BASELINE, OTHER = "checkout", "baseline", "other"
+
+# A command that is needed → Debian's package that brings it. Packages that set up a service are not
+# installed: of MariaDB the programs alone suffice.
+REQUIRED = {"mariadbd": "mariadb-server-core", "mariadb": "mariadb-client-core", "cc": "gcc"}
 START_SECONDS = 30.0
 STOP_SECONDS = 20.0
 
@@ -59,7 +55,10 @@ def prepare() -> None:
     """Install what is missing and compile the load generator."""
     os.environ["PATH"] += ":/usr/sbin:/sbin"
     WORK.mkdir(exist_ok=True)
-    install_packages()
+    install_packages(REQUIRED)
+    for name in REQUIRED:
+        if not shutil.which(name):
+            raise SystemExit(f"bench: {name} is missing: apt-get install {REQUIRED[name]}")
     make_venv()
     for name in ("load", "logsink"):
         source, program = HERE / f"{name}.c", WORK / name
@@ -67,38 +66,39 @@ def prepare() -> None:
             subprocess.run(["cc", "-O2", "-Wall", "-o", program, source], check=True)
 
 
-def install_packages() -> None:
-    """Bring the commands of DEBIAN with apt-get when root; end when one we need stays missing."""
-    packages = [DEBIAN[name] for name in DEBIAN if not shutil.which(name)]
+def install_packages(commands: dict[str, str]) -> None:
+    """As root, install the packages of commands that are missing, but remove none for them."""
+    packages = [package for command, package in commands.items() if not shutil.which(command)]
     if not importlib.util.find_spec("ensurepip"):
         packages.append("python3-venv")
-    if packages and os.geteuid() == 0 and shutil.which("apt-get"):
-        packages.append("libc6-dev")
-        say(f"installing {' '.join(packages)}")
-        quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        for command in (["update"], ["install", "-y", "--no-install-recommends", *packages]):
-            subprocess.run(["apt-get", "-qq", *command], env=quiet, stdout=sys.stderr, check=False)
-    for name in REQUIRED:
-        if not shutil.which(name):
-            raise SystemExit(f"bench: {name} is missing: apt-get install {DEBIAN[name]}")
+    if packages and os.geteuid() == 0:
+        apt_get("update")
+        apt_get("install", "-y", "--no-install-recommends", "--no-remove", "libc6-dev", *packages)
+
+
+def apt_get(*arguments: str, directory: Path | None = None) -> bool:
+    """Run apt-get, if there is one; return whether it succeeded."""
+    if not shutil.which("apt-get"):
+        return False
+    say(f"apt-get {' '.join(arguments)}")
+    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    command = ["apt-get", "-qq", *arguments]
+    done = subprocess.run(command, cwd=directory, env=quiet, stdout=sys.stderr, check=False)
+    return done.returncode == 0
 
 
 def make_venv() -> None:
-    """One environment for the daemon, its ceiling and the peer written in Python."""
+    """One environment for the daemon, its ceiling and the peer that is written in Python."""
     if not PYTHON.exists():
         subprocess.run([sys.executable, "-m", "venv", VENV], check=True)
     if not has_module("mysql.connector"):
         pip_install("mysql-connector-python")
-    if not has_module("policyd_rate_limit"):
-        pip_install("policyd-rate-limit", required=False)
-    if not has_module("MySQLdb"):
-        pip_install("mysqlclient", required=False)
 
 
-def pip_install(package: str, *, required: bool = True) -> None:
+def pip_install(package: str, *options: str, required: bool = True) -> None:
     """Install into the benchmark's environment; a peer that cannot be had only loses its row."""
     say(f"installing {package}")
-    command: list[str | Path] = [PYTHON, "-m", "pip", "install", "-q", package]
+    command: list[str | Path] = [PYTHON, "-m", "pip", "install", "-q", *options, package]
     subprocess.run(command, stdout=sys.stderr, check=required)
 
 
@@ -153,10 +153,15 @@ def stop(process: subprocess.Popen[str]) -> None:
 
 
 class Bench:
-    """Owns the processes and directories of one run; leaving it stops and removes them."""
+    """Owns the processes and directories of one run; leaving it stops and removes them.
 
-    def __init__(self) -> None:
+    It copies the saslquota.py that are measured: an edit during the run does not change them.
+    """
+
+    def __init__(self, sources: dict[str, str]) -> None:
         self.stack = contextlib.ExitStack()
+        self.sources = sources  # CHECKOUT, and BASELINE when there is one
+        self.sinks: dict[str, subprocess.Popen[str]] = {}
 
     def __enter__(self) -> Self:
         for number in (signal.SIGTERM, signal.SIGHUP):
@@ -165,9 +170,11 @@ class Bench:
         # Apart, because the path of a socket may have no more than 107 bytes.
         self.sockets = self.temporary(prefix="bench-")
         self.log = self.stack.enter_context((self.data / "log").open("a"))
-        self.log_socket, self.peer_log_socket = self.sockets / "log", self.sockets / "peer-log"
-        self.sink = self.start([WORK / "logsink", self.log_socket], self.log_socket.exists)
-        self.start([WORK / "logsink", self.peer_log_socket], self.peer_log_socket.exists)
+        for program, source in self.sources.items():
+            self.file(program).write_text(source)
+        for program in (*self.sources, OTHER):
+            sink = self.log_socket(program)
+            self.sinks[program] = self.start([WORK / "logsink", sink], sink.exists)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -207,15 +214,23 @@ class Bench:
             time.sleep(pause)
         return process
 
+    def file(self, program: str) -> Path:
+        """The copy of a saslquota.py."""
+        return self.data / f"saslquota-{program}.py"
+
+    def log_socket(self, program: str) -> Path:
+        """Where a program sends its log lines."""
+        return self.sockets / f"log-{program}"
+
     def last_words(self) -> str:
         """The end of what the processes have printed."""
         return (self.data / "log").read_text(errors="replace")[-600:]
 
-    def lines_logged(self) -> int:
-        """Stop the log's reader; return how many lines saslquota has sent to it."""
-        if self.sink.poll() is not None:
+    def lines_logged(self, program: str) -> int:
+        """Stop the reader of a program's log; return how many lines it has received."""
+        if self.sinks[program].poll() is not None:
             return 0
-        stop(self.sink)
+        stop(self.sinks[program])
         text = (self.data / "log").read_text(errors="replace")
         return int(text.rpartition("sank ")[2].split()[0])
 
@@ -307,21 +322,26 @@ class Daemon:
     pid: int
 
 
+def ledger(name: str, program: str) -> str:
+    """The database, or the SQLite file, that a saslquota.py has under a name: none is shared."""
+    return f"{name}_{program}"
+
+
 def saslquota(
-    bench: Bench, database: MariaDB | None, name: str, period: int = 3600, quota: int = PLENTY,
-    pools: Sequence[str] = (), **settings: object,
-) -> Daemon:  # fmt: skip
-    """Start saslquota on a database of the server, or on an SQLite file; INFO goes to the sink."""
+    bench: Bench, program: str, database: MariaDB | None, name: str, **options: Any
+) -> Daemon:
+    """Start a saslquota.py on a database of the server, or on an SQLite file."""
     port = free_port()
-    command = saslquota_command(bench, database, name, port, period, quota, pools, **settings)
+    command = saslquota_command(bench, program, database, name, port, **options)
     return Daemon(port, bench.start(command, lambda: accepts(port)).pid)
 
 
 def saslquota_command(
-    bench: Bench, database: MariaDB | None, name: str, port: int, period: int, quota: int,
-    pools: Sequence[str] = (), **settings: object,
+    bench: Bench, program: str, database: MariaDB | None, name: str, port: int,
+    period: int = 3600, quota: int = PLENTY, pools: Sequence[str] = (), **settings: object,
 ) -> list[str | Path]:  # fmt: skip
     """Write the two files that saslquota needs; return the command that starts it with them."""
+    name = ledger(name, program)
     rule = {"period": period, "msgquota": quota, "msg": "over quota"}
     rules = dict.fromkeys(("default", *pools), rule)
     config: dict[str, object] = {
@@ -329,7 +349,7 @@ def saslquota_command(
         "_bindport": port,
         "_loglevel": "INFO",
         "_loghandler": "syslog",
-        "_logaddress": str(bench.log_socket),
+        "_logaddress": str(bench.log_socket(program)),
         "_quotafile": str(write_json(bench, rules)),
     }
     if database:
@@ -337,7 +357,7 @@ def saslquota_command(
         config |= {"_myuser": database.user, "_mypasswd": database.password, "_mydb": name}
     else:
         config |= {"_store": "sqlite", "_sqlitefile": str(bench.data / f"{name}.db")}
-    return [PYTHON, PROGRAM, "-c", write_json(bench, config | settings)]
+    return [PYTHON, bench.file(program), "-c", write_json(bench, config | settings)]
 
 
 def write_json(bench: Bench, content: dict[str, Any]) -> Path:
@@ -388,22 +408,37 @@ class Result:
     all_accepted: int = 0
     all_refused: int = 0
     load_cpu: float = 0
+    daemon_cpu: float = 0  # microseconds of processor for each decision
     extra: float = 0
 
 
-def run_load(ports: Sequence[int], load: Load) -> Result:
+def run_load(daemons: Sequence[Daemon], load: Load) -> Result:
     """Load servers; any wrong reply is a BenchError."""
-    command = [str(WORK / "load"), *load.arguments(), *map(str, ports)]
+    command = [str(WORK / "load"), *load.arguments(), *(str(daemon.port) for daemon in daemons)]
+    before = processor_time(daemons)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise BenchError(done.stderr.strip())
-    return Result(**json.loads(done.stdout))
+    result = Result(**json.loads(done.stdout))
+    used = processor_time(daemons) - before
+    decisions = result.all_accepted + result.all_refused
+    return dataclasses.replace(result, daemon_cpu=used / decisions)
 
 
-def insert_alone(database: MariaDB, name: str, seconds: float, warmup: float) -> Result:
-    """One committed single-row INSERT after the other, through the daemon's connector."""
+def processor_time(daemons: Sequence[Daemon]) -> float:
+    """What processes have used of the processors so far, user and system, in microseconds."""
+    ticks = 0
+    for daemon in daemons:
+        fields = Path(f"/proc/{daemon.pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks * 1e6 / os.sysconf("SC_CLK_TCK")
+
+
+def insert_alone(database: MariaDB, name: str, rows: int, seconds: float) -> Result:
+    """One committed INSERT after the other, of that many rows, through the daemon's connector."""
     login = [str(database.port), database.user, database.password, name]
-    command: list[str | Path] = [PYTHON, HERE / "insert.py", *login, str(seconds), str(warmup)]
+    size = [str(seconds), str(seconds / 3), str(rows)]
+    command: list[str | Path] = [PYTHON, HERE / "insert.py", *login, *size]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise BenchError(done.stderr.strip())

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from servers import Result
 
 CEILING = "ceiling (threads, no log)"
 INSERT = "one committed INSERT"
+INSERT_EIGHT = "one committed INSERT of eight rows"
 MARIADB = "saslquota, MariaDB"
 SQLITE = "saslquota, SQLite"
 PRL_MYSQL = "policyd-rate-limit, MySQL"
@@ -18,8 +19,19 @@ POSTFWD = "postfwd, logging"
 POSTFWD_SILENT = "postfwd, not logging"
 PEERS = (PRL_MYSQL, PRL_SQLITE, POSTFWD, POSTFWD_SILENT)
 
+TOLERATED = 0.95  # of the baseline's rate
+
 Key = tuple[str, str]  # row, load
-Round = Mapping[Key, Result]
+
+
+def of_baseline(row: str) -> str:
+    """The row that holds the baseline's figures."""
+    return f"{row}, baseline"
+
+
+def is_of_baseline(row: str) -> bool:
+    """Whether a row holds the baseline's figures."""
+    return row.endswith(of_baseline(""))
 
 
 def ratios(
@@ -52,22 +64,23 @@ def table(rounds: list[dict[Key, Result]]) -> str:
     keys = list(dict.fromkeys(key for done in rounds for key in done))
     loads = list(dict.fromkeys(load for _, load in keys))
     head = ["connections", "row", "decisions/s", "rounds", "p50 ms", "p99 ms", "of ceiling"]
-    head += ["of best peer", "load cpu"]
-    lines = [head]
-    for load in loads:
-        lines += [line(rounds, key) for key in keys if key[1] == load]
-    widths = [max(len(cells[i]) for cells in lines) for i in range(len(head))]
-    rule = ["-" * width for width in widths]
-    return "\n".join(markdown(cells, widths) for cells in [head, rule, *lines[1:]])
+    head += ["of best peer", "of baseline", "p99 of baseline", "cpu us", "load cpu"]
+    return markdown(head, [line(rounds, key) for load in loads for key in keys if key[1] == load])
 
 
-def markdown(cells: list[str], widths: list[int]) -> str:
-    """One line of a Markdown table; words to the left, figures to the right."""
-    padded = [
-        cell.ljust(width) if i < 2 else cell.rjust(width)
-        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    ]
-    return "| " + " | ".join(padded) + " |"
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table without its empty columns; words to the left, figures to the right."""
+    columns = [column for column in zip(head, *lines, strict=True) if any(column[1:])]
+    padded = [pad(column, left=i < 2) for i, column in enumerate(columns)]
+    rows = ["| " + " | ".join(cells) + " |" for cells in zip(*padded, strict=True)]
+    return "\n".join(rows)
+
+
+def pad(column: tuple[str, ...], *, left: bool) -> list[str]:
+    """The cells of a column in one width, with a rule below its head."""
+    width = max(map(len, column))
+    cells = [cell.ljust(width) if left else cell.rjust(width) for cell in column]
+    return [cells[0], "-" * width, *cells[1:]]
 
 
 def line(rounds: list[dict[Key, Result]], key: Key) -> list[str]:
@@ -75,6 +88,7 @@ def line(rounds: list[dict[Key, Result]], key: Key) -> list[str]:
     row, load = key
     results = [done[key] for done in rounds if key in done]
     base = load if (CEILING, load) in rounds[0] else "16"
+    baseline = of_baseline(row), load
     rates = [result.rate for result in results]
     return [
         load,
@@ -83,8 +97,11 @@ def line(rounds: list[dict[Key, Result]], key: Key) -> list[str]:
         f"{min(rates):,.0f}-{max(rates):,.0f}",
         milliseconds([result.p50 for result in results]),
         milliseconds([result.p99 for result in results]),
-        share(None if row == START else median_ratio(rounds, key, (CEILING, base))),
-        share(None if row == START else best_peer_ratio(rounds, key, base)),
+        share(None if row.startswith(START) else median_ratio(rounds, key, (CEILING, base))),
+        share(None if row.startswith(START) else best_peer_ratio(rounds, key, base)),
+        share(median_ratio(rounds, key, baseline)),
+        share(median_ratio(rounds, key, baseline, "p99")),
+        microseconds([result.daemon_cpu for result in results]),
         f"{statistics.median(result.load_cpu for result in results):.0%}",
     ]
 
@@ -92,6 +109,11 @@ def line(rounds: list[dict[Key, Result]], key: Key) -> list[str]:
 def milliseconds(microseconds: list[float]) -> str:
     """The median of latencies."""
     return f"{statistics.median(microseconds) / 1000:.2f}"
+
+
+def microseconds(values: list[float]) -> str:
+    """The median of processor times, or nothing where none was taken."""
+    return f"{statistics.median(values):.0f}" if any(values) else ""
 
 
 def share(ratio: float | None) -> str:
@@ -107,6 +129,18 @@ def best_peer_ratio(rounds: list[dict[Key, Result]], key: Key, load: str) -> flo
         if key in done and peers:
             found.append(done[key].rate / max(peers))
     return statistics.median(found) if found else None
+
+
+def slower(rounds: list[dict[Key, Result]]) -> str:
+    """The rows that are more than 5 % slower than the baseline, with the ratio of each round."""
+    lines = []
+    for row, load in dict.fromkeys(key for done in rounds for key in done):
+        found = ratios(rounds, (row, load), (of_baseline(row), load))
+        if found and statistics.median(found) < TOLERATED:
+            lines.append(f"\n  {load}, {row}: " + ", ".join(f"{ratio:.2f}" for ratio in found))
+    if not lines:
+        return "No row is more than 5 % slower."
+    return "More than 5 % slower (the ratio of each round):" + "".join(lines)
 
 
 # --- what must be reached ------------------------------------------------------------------------
@@ -152,7 +186,12 @@ class Target:
             return None
         reached = value <= self.bound if self.at_most else value >= self.bound
         asked = ("at most " if self.at_most else "at least ") + self.form.format(self.bound)
-        return [self.text, asked, self.form.format(value), "yes" if reached else "NO"]
+        swapped = [
+            {key: done.get((of_baseline(key[0]), key[1]), done[key]) for key in done}
+            for done in rounds
+        ]
+        before = self.form.format(self.measure(swapped)) if swapped != rounds else ""
+        return [self.text, asked, self.form.format(value), "yes" if reached else "NO", before]
 
 
 def ratio_target(
@@ -204,11 +243,8 @@ TARGETS = (
 
 
 def reached(rounds: list[dict[Key, Result]]) -> str:
-    """The targets whose rows were measured: asked, measured, reached."""
+    """The targets whose rows were measured: asked, measured, reached, the baseline's figure."""
     lines = [cells for target in TARGETS if (cells := target.judge(rounds))]
     if not lines:
         return ""
-    head = ["target", "asked", "measured", "reached"]
-    widths = [max(len(cells[i]) for cells in [head, *lines]) for i in range(len(head))]
-    rule = ["-" * width for width in widths]
-    return "\n".join(markdown(cells, widths) for cells in [head, rule, *lines])
+    return markdown(["target", "asked", "measured", "reached", "baseline"], lines)
