@@ -21,8 +21,8 @@ DESCRIPTION
 
 PROTOCOL
     Postfix's SMTPD_POLICY_README: name=value lines, closed by an empty line; any number of requests
-    on one connection, which the server never closes first: Postfix would wait a second before the
-    next request. An empty request ends the session. MAIL and RCPT cost 1, DATA and END-OF-MESSAGE
+    on one connection, which the server keeps open between them: Postfix would wait a second before
+    the next one. An empty request ends the session. MAIL and RCPT cost 1, DATA and END-OF-MESSAGE
     max(1, recipient_count); the other states cost nothing. Where a rule says "count": "messages", a
     message costs 1 however often it is asked about: the connection remembers the last one by its
     sender and instance. Malformed input gets no reply: it is logged and the connection closed.
@@ -70,7 +70,7 @@ HOW IT WORKS
         Postfix <-- 4 _reply()            one send, one log line
 
     A store that fails, or takes too long, is in an Outage: every charge gets the fallback at once
-    until the store can be opened again. What is refused once may be refused from memory (Refusals).
+    until the store can be opened again. A refusal may be repeated from memory for a second.
 
     The threads, and what only they may use:
 
@@ -78,7 +78,7 @@ HOW IT WORKS
         server        accepts connections, makes room for them
         a connection  reads its requests and submits them: one for each smtpd process
         committer     the ledger, accounts and store; answers what it has decided
-        watchdog      every 0.1 s: answers what is overdue, whatever the committer is at
+        watchdog      every 0.1 s: answers what is overdue, whatever the committer is doing
         log           writes the log lines
 
     Sections use only those above them. Read first: Protocol, Policy, Server (PolicyHandler), then
@@ -128,7 +128,6 @@ MAX_ACCOUNT = 320  # characters; the column's width: 64 of a local part, @, 255 
 POOL_PREFIX = "POOL "  # begins the account of a pool; logins are in lower case, none begins with it
 CACHED_ACCOUNTS = 20_000  # remembered at most, some 4 KiB each
 WINDOW_CACHE_ROWS = 32  # the oldest entries of a window that are remembered, at most
-HEAD_ROWS = 8  # the newest entries that come with an account's head: most windows hold no more
 SEARCH_FANOUT = 16  # entries looked at in one step of a search
 REMINDER_INTERVAL = 60.0  # seconds between two log lines about what lasts
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -168,7 +167,7 @@ class Unavailable(StoreError):
 
 
 class TimedOut(Unavailable):
-    """The store answers, but too late."""
+    """The store did not answer in time."""
 
 
 # --- Logging --------------------------------------------------------------------------------------
@@ -868,10 +867,10 @@ class RulesFile:
         self.path = path
         self._retention = retention
         self._complaint = ""
-        self._stamp = self._look()
+        self._stamp = self._read_stamp()
         self.rules = load_rules(path, retention)
 
-    def _look(self) -> tuple[int, ...] | None:
+    def _read_stamp(self) -> tuple[int, ...] | None:
         try:
             found = self.path.stat()
         except OSError:
@@ -880,7 +879,7 @@ class RulesFile:
 
     def reload(self, *, force: bool = False) -> None:
         """Read the file if it has changed since the last time; a bad one changes nothing."""
-        stamp = self._look()
+        stamp = self._read_stamp()
         if stamp == self._stamp and not force:
             return
         self._stamp = stamp
@@ -1002,6 +1001,7 @@ def format_reply(action: str) -> bytes:
 
 # --- Stores ---------------------------------------------------------------------------------------
 
+HEAD_ROWS = 8  # the newest entries that come with an account's head: most windows hold no more
 PURGE_ROWS = 50  # in one DELETE: a millisecond or two
 LOCK_WAIT = 1  # seconds for a lock in MySQL: as short as it can be, for all others wait too
 WAL_PAGES = 8000  # of 4 KiB that SQLite gathers in its log before it sorts them into the file
@@ -1051,6 +1051,8 @@ class Store:
 
     def __init__(self, statement_timeout: float) -> None:
         self.statement_timeout = statement_timeout  # seconds
+        self.statement_took = 0.0  # seconds; the last one
+        self.insert_took = 0.0  # seconds; the last one on this connection
         self._connection: Any = None
         self._error: type[Exception] = StoreError  # what the connection raises
         self._in_locking_transaction = False
@@ -1061,11 +1063,12 @@ class Store:
         raise NotImplementedError
 
     def close(self) -> None:
+        connection, self._connection = self._connection, None
         self._in_locking_transaction = False
-        if self._connection:
+        self.insert_took = 0.0
+        if connection:
             with contextlib.suppress(self._error, OSError):
-                self._connection.close()
-            self._connection = None
+                connection.close()
 
     def now(self) -> int:
         """The database's time in microseconds since 1970, UTC."""
@@ -1073,6 +1076,14 @@ class Store:
 
     def _run(self, sql: str, values: Sequence[int | str] = ()) -> list[Any]:
         """Run a statement with a value for each `?`; return its rows."""
+        began = time.monotonic()
+        try:
+            return self._execute(sql, values)
+        finally:
+            self.statement_took = time.monotonic() - began
+
+    def _execute(self, sql: str, values: Sequence[int | str]) -> list[Any]:
+        """As _run()."""
         raise NotImplementedError
 
     def _run_each(self, sql: str, many: Sequence[Sequence[int | str]]) -> list[Any]:
@@ -1114,6 +1125,7 @@ class Store:
             rows = ", ".join([row] * len(entries))
             values = [value for entry in entries for value in entry]
             self._run(f"INSERT INTO sends ({COLUMNS}) VALUES {rows}", values)
+            self.insert_took = self.statement_took
         if self._in_locking_transaction:
             self._run("COMMIT")
             self._in_locking_transaction = False
@@ -1126,14 +1138,21 @@ class Store:
             with contextlib.suppress(StoreError):
                 self._run("ROLLBACK")
 
+    def probe(self) -> None:
+        """Commit a write that leaves nothing behind."""
+        seq = -random.getrandbits(62)  # in no chain, and not another daemon's
+        self._run(self.BEGIN_LOCKING)
+        self.append([Entry("", seq, 0, self.now(), 0, 0, "", 0)])
+        self._run("DELETE FROM sends WHERE account = '' AND seq = ?", [seq])
+        self._run("COMMIT")
+
     def wait_for_locks(self, wait: bool) -> None:
-        """Whether a statement waits LOCK_WAIT for another session's locks, as it does at first, or
-        as short as the database allows: MariaDB not at all, MySQL a second."""
+        """Set how long a statement waits for another session's locks: LOCK_WAIT, the default, or as
+        little as the database allows, in MariaDB not at all."""
 
     def locked(self, entries: Sequence[Entry]) -> list[Entry]:
-        """Which of these entries, one of an account, cannot be appended as another session has
-        locked its account. Writes nothing, and does not wait for locks from now on. Raises
-        Unavailable when it is the whole table that is locked."""
+        """Which of these entries, one of an account, cannot be appended because another session has
+        locked the account. Writes nothing. Raises Unavailable when the whole table is locked."""
         return []
 
     def tokens(self, entries: Sequence[Entry]) -> set[int]:
@@ -1218,7 +1237,7 @@ class SQLiteStore(Store):
             raise Unavailable(f"{self._path}: {reason}")
         return time.time_ns() // 1000
 
-    def _run(self, sql: str, values: Sequence[int | str] = ()) -> list[Any]:
+    def _execute(self, sql: str, values: Sequence[int | str]) -> list[Any]:
         if not self._connection:
             raise Unavailable("not connected")
         try:
@@ -1310,7 +1329,7 @@ class MySQLStore(Store):
     # 1062 duplicate key, 1213 deadlock (Galera: certification), 3101 Group Replication, 1020 record
     # changed since the snapshot (MariaDB 11)
     CONFLICTS = frozenset({1062, 1213, 3101, 1020})
-    LOCK_TIMEOUTS = frozenset({1205, 3572})  # 3572: NOWAIT in MySQL; MariaDB has 1205 for it, too
+    LOCK_WAIT_TIMEOUT = 1205
     # Writes nothing, but fails wherever a send would: read-only, a global lock, no right to.
     TRY_INSERT = f"INSERT INTO sends ({COLUMNS}) SELECT {COLUMNS} FROM sends WHERE FALSE"
 
@@ -1321,7 +1340,8 @@ class MySQLStore(Store):
         self._hosts = collections.deque(config.myhost)
         self._cursor: Any = None
         self._host_failed = False  # the current one has
-        self._is_galera = False
+        self._is_galera = self._is_mariadb = False
+        self._waits_for_locks = True
         self._version = ""  # the server's
         self._connector = ""  # its version, and which of its two implementations runs
 
@@ -1372,6 +1392,8 @@ class MySQLStore(Store):
         self._run("SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         self._is_galera = bool(self._run("SHOW VARIABLES LIKE 'wsrep_sync_wait'"))
         ((self._version,),) = self._run("SELECT VERSION()")
+        self._is_mariadb = "MariaDB" in self._version
+        self._waits_for_locks = True
         self._run(self.TRY_INSERT)
 
     def now(self) -> int:
@@ -1388,7 +1410,7 @@ class MySQLStore(Store):
         ]
         return sql.replace("?", "%s") % tuple(literals)
 
-    def _run(self, sql: str, values: Sequence[int | str] = ()) -> list[Any]:
+    def _execute(self, sql: str, values: Sequence[int | str]) -> list[Any]:
         if not self._connection:
             raise Unavailable("not connected")
         try:
@@ -1400,7 +1422,7 @@ class MySQLStore(Store):
             return self._cursor.fetchall() if self._cursor.with_rows else []
         except (self._error, OSError) as error:
             number = getattr(error, "errno", None)
-            if number in self.LOCK_TIMEOUTS:
+            if number == self.LOCK_WAIT_TIMEOUT:
                 raise LockTimeout(str(error)) from error
             if number in self.CONFLICTS:
                 raise Conflict(str(error)) from error
@@ -1426,8 +1448,8 @@ class MySQLStore(Store):
             self._run("SET SESSION wait_timeout = DEFAULT")
 
     def wait_for_locks(self, wait: bool) -> None:
-        least = 0 if "MariaDB" in self._version else LOCK_WAIT
-        seconds = LOCK_WAIT if wait else least
+        self._waits_for_locks = wait
+        seconds = 0 if self._is_mariadb and not wait else LOCK_WAIT
         self._run(f"SET SESSION innodb_lock_wait_timeout = {seconds}")
 
     def locked(self, entries: Sequence[Entry]) -> list[Entry]:
@@ -1435,22 +1457,28 @@ class MySQLStore(Store):
             self._run(self.TRY_INSERT)
         except LockTimeout as error:
             raise Unavailable(f"the table is locked by another session: {error}") from None
+        waits = self._waits_for_locks
         self.wait_for_locks(False)
-        return [entry for entry in entries if self._is_locked(entry)]
+        # In MySQL each look at what is locked takes LOCK_WAIT, whatever is locked besides.
+        groups = [entries] if self._is_mariadb else [[entry] for entry in entries]
+        found = [entry for group in groups for entry in self._locked_among(group)]
+        self.wait_for_locks(waits)
+        return found
 
-    def _is_locked(self, entry: Entry) -> bool:
-        """Whether another session holds the account's next row, or the gap it would go into."""
+    def _locked_among(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Find by bisection what cannot be appended, though nothing has its key."""
         self._run("BEGIN")
         try:
-            self.append([entry])
-        except LockTimeout:
-            return True
-        except Conflict:  # it has been appended to meanwhile
-            return False
+            self.append(entries)
+        except Conflict as error:
+            if len(entries) == 1:
+                return list(entries) if isinstance(error, LockTimeout) else []
         else:
-            return False
+            return []
         finally:
             self._run("ROLLBACK")
+        half = len(entries) // 2
+        return self._locked_among(entries[:half]) + self._locked_among(entries[half:])
 
     def tokens(self, entries: Sequence[Entry]) -> set[int]:
         if self._is_galera:  # another node's commit may still be on its way
@@ -1481,6 +1509,12 @@ class Debit(NamedTuple):
     account: str
     recipients: int
     windows: tuple[Window, ...]
+
+
+def lock_order(account: str) -> tuple[bool, str]:
+    """Accounts are locked in this order, by all daemons alike: pools last, for all others wait for
+    whoever holds a pool and waits for a sender."""
+    return account.startswith(POOL_PREFIX), account
 
 
 class Clock:
@@ -1648,9 +1682,6 @@ class Accounts:
         self._skew_warnings = RateLimit(REMINDER_INTERVAL)
         self._cache: collections.OrderedDict[str, CachedAccount] = collections.OrderedDict()
 
-    def __len__(self) -> int:
-        return len(self._cache)
-
     def __getitem__(self, name: str) -> CachedAccount:
         """An account that refresh() was asked for."""
         return self._cache[name]
@@ -1676,15 +1707,15 @@ class Accounts:
         if take_locks:
             stale = {debit.account for debit in debits}
         if stale:
-            heads = self._read_heads(sorted(stale), now, take_locks=take_locks)
+            heads = self._read_heads(sorted(stale, key=lock_order), now, take_locks=take_locks)
             self._fill([debit for debit in debits if debit.account in stale], now, heads)
         while len(self._cache) > CACHED_ACCOUNTS:
             self._cache.popitem(last=False)
         return now
 
     def _lacking(self, debits: Sequence[Debit], now: int) -> tuple[set[str], set[str]]:
-        """The accounts of which the head must be read, as they are not known or about to refuse for
-        a reason that was read too long ago; and those of which a window is not known."""
+        """The accounts of which the head must be read: those unknown, or about to refuse on a head
+        read longer than FRESHNESS ago; and those of which a window is not known."""
         stale: set[str] = set()
         spent: set[str] = set()
         wanted: dict[str, int] = {}
@@ -1839,7 +1870,7 @@ class AccountsLocked(StoreError):
 
 @dataclasses.dataclass(slots=True)
 class Batch:
-    """Charges that are decided together, and how far that has come."""
+    """Charges that are decided together, and their progress."""
 
     charges: Sequence[Charge]
     deadline: float  # monotonic seconds
@@ -1866,24 +1897,6 @@ class Decision:
         self._entries: list[Entry] = []
         self._pools: dict[str, tuple[int, str]] = {}  # recipients, and the first instance
 
-    def accept(self, charge: Charge) -> None:
-        for name, recipients, _ in charge.debits:
-            if name.startswith(POOL_PREFIX):
-                sum_, first = self._pools.get(name, (0, charge.instance))
-                self._pools[name] = sum_ + recipients, first
-            else:
-                self._append(name, recipients, charge.instance)
-
-    def _append(self, name: str, recipients: int, instance: str) -> None:
-        account = self._accounts[name]
-        self._entries.append(account.append(recipients, instance, self._now, self._token))
-
-    def entries(self) -> list[Entry]:
-        """What makes the verdicts true; in the order of accounts: two daemons lock rows alike."""
-        for name, (recipients, instance) in self._pools.items():
-            self._append(name, recipients, instance)
-        return sorted(self._entries)
-
     def judge(self, charge: Charge) -> Verdict:
         usages, over = [], []
         for debit in charge.debits:
@@ -1906,6 +1919,24 @@ class Decision:
             return Verdict(False, usage.used, usage.window, True, until, retry_at)
         used = usage.used + usage.debit.recipients
         return Verdict(True, used, usage.window, True, retry_at=retry_at)
+
+    def accept(self, charge: Charge) -> None:
+        for name, recipients, _ in charge.debits:
+            if name.startswith(POOL_PREFIX):
+                so_far, first = self._pools.get(name, (0, charge.instance))
+                self._pools[name] = so_far + recipients, first
+            else:
+                self._append(name, recipients, charge.instance)
+
+    def _append(self, name: str, recipients: int, instance: str) -> None:
+        account = self._accounts[name]
+        self._entries.append(account.append(recipients, instance, self._now, self._token))
+
+    def entries(self) -> list[Entry]:
+        """What makes the verdicts true, in the order in which accounts are locked."""
+        for name, (recipients, instance) in self._pools.items():
+            self._append(name, recipients, instance)
+        return sorted(self._entries, key=lambda entry: (lock_order(entry.account), entry.seq))
 
     def _last_to_free(self, over: Sequence[Usage]) -> tuple[Usage, float | None]:
         """The window that the charge is over for longest, and when the charge would fit into it, in
@@ -1961,17 +1992,14 @@ class Ledger:
         self._store.open(deadline)
 
     def close(self) -> None:
+        """Forget everything; what is charged next opens the store again."""
+        self._accounts.forget_all()
         self._store.close()
 
-    def forget_all(self) -> None:
-        """Begin anew after an error that may have left something half done."""
-        self._store.rollback()
-        self._accounts.forget_all()
-
-    def read_clock(self) -> float:
-        """Run one statement; return how long it took, in seconds."""
+    def probe(self) -> float:
+        """Commit a write that leaves nothing behind; return how long it took, in seconds."""
         began = self._monotonic()
-        self._store.now()
+        self._store.probe()
         return self._monotonic() - began
 
     def charge(
@@ -1982,8 +2010,8 @@ class Ledger:
     ) -> list[Verdict]:
         """Decide the charges in their order; one that nobody waits for any more is not accepted.
 
-        Raises Unavailable when the store cannot be used; whether entries were written is then
-        unknown. Raises AccountsLocked.
+        Raises AccountsLocked. Raises Unavailable when the store cannot be used: entries may have
+        been written, or may still be.
         """
         batch = Batch(charges, deadline, is_wanted)
         failures = 0
@@ -2020,7 +2048,15 @@ class Ledger:
         if not batch.is_uncertain:
             batch.entries = []  # nothing is under way, should the decision fail
             self._decide(batch)
+        self._check_time(batch)
         self._store.append(batch.entries)
+
+    def _check_time(self, batch: Batch) -> None:
+        """Raise TimedOut if the INSERT would end after the deadline: if it took as long as the last
+        one, or the last statement."""
+        takes = max(self._store.insert_took, self._store.statement_took)
+        if batch.entries and self._monotonic() + takes > batch.deadline:
+            raise TimedOut(f"timed out: a statement takes {takes:.1f} s")
 
     def _take_back(self, batch: Batch) -> None:
         """Forget what was decided and not written."""
@@ -2031,24 +2067,27 @@ class Ledger:
         """Raise AccountsLocked if another session has locked accounts of the batch, and keeps them:
         other daemons do so for milliseconds."""
         one_each = {entry.account: entry for entry in reversed(batch.entries)}
-        locked = self._store.locked(list(one_each.values()))
+        locked = self.still_locked(list(one_each.values()))
         if locked:
             time.sleep(LOCK_CONFIRMATION)
-            locked = self._store.locked(locked)
+            locked = self.still_locked(locked)
         if locked:
             raise AccountsLocked(locked)
-        if not batch.entries:  # the lock was met while reading with locks: INSERT without them
+        if not one_each:  # the lock was met while reading with locks: INSERT without them
             batch.collisions = 0
 
     def still_locked(self, entries: Sequence[Entry]) -> list[Entry]:
-        """Which of AccountsLocked's entries could not be appended now."""
-        locked = self._store.locked(entries)
-        self._store.wait_for_locks(not locked)
-        return locked
+        """Which of these entries, one of an account, could not be appended now."""
+        return self._store.locked(entries)
+
+    def wait_for_locks(self, wait: bool) -> None:
+        self._store.wait_for_locks(wait)
 
     def _decide(self, batch: Batch) -> None:
         """Find the verdicts, and the entries that make them true."""
-        decision = Decision(self._accounts, self._read(batch), self._monotonic)
+        take_locks = batch.collisions >= COLLISIONS_BEFORE_LOCKING
+        now = self._accounts.refresh(batch.debits, take_locks=take_locks)
+        decision = Decision(self._accounts, now, self._monotonic)
         verdicts = []
         for index, charge in enumerate(batch.charges):
             verdict = decision.judge(charge)
@@ -2059,17 +2098,6 @@ class Ledger:
                     verdict = verdict._replace(accepted=False)
             verdicts.append(verdict)
         batch.entries, batch.verdicts = decision.entries(), verdicts
-
-    def _read(self, batch: Batch) -> int:
-        """Read what the decision lacks; return its now, in microseconds. Raises TimedOut when the
-        INSERT would probably end after the deadline: if it takes as long as the reading did."""
-        began = self._monotonic()
-        take_locks = batch.collisions >= COLLISIONS_BEFORE_LOCKING
-        now = self._accounts.refresh(batch.debits, take_locks=take_locks)
-        read = self._monotonic()
-        if read + (read - began) > batch.deadline:
-            raise TimedOut(f"timed out: no time left to write (reading took {read - began:.1f} s)")
-        return now
 
     def purge(self) -> bool:
         """Delete some sends older than the retention; False when there are no more.
@@ -2127,7 +2155,7 @@ class PendingCharge:
 
 class Refusals:
     """The refusals that may be repeated from memory: a stolen account asks thousands of times, and
-    its next refusal is the same for a second."""
+    for a second its refusals are all the same."""
 
     def __init__(self) -> None:
         self._found: dict[str, tuple[Charge, Verdict]] = {}  # by account
@@ -2154,12 +2182,14 @@ class Outage:
     down     get the fallback at once  the store can be opened, tried every RECONNECT_INTERVAL: up;
                                        the log says so when the first charge has been decided
 
-    begin() is called by the committer and by the watchdog; the other states are the committer's.
+    begin() is called by the committer and the watchdog, close() by the main thread, the others by
+    the committer alone.
     """
 
     def __init__(self, consequence: str) -> None:
         self.lasts = False
         self.retry_at = 0.0  # monotonic seconds
+        self._is_final = False
         self.consequence = consequence  # for the log: what senders get
         self._reason = ""
         self._logged_at: float | None = None  # monotonic seconds; None: the log knows of none
@@ -2185,10 +2215,15 @@ class Outage:
             log.error(text, self.consequence, self._reason)
 
     def try_again(self) -> None:
-        """The store can be opened."""
+        """The store can be used."""
         with self._lock:
             self._reason = ""
-            self.lasts = False
+            self.lasts = self._is_final
+
+    def close(self) -> None:
+        """The daemon ends: from now on there is the fallback only, and nothing to log."""
+        with self._lock:
+            self.lasts = self._is_final = True
 
     def end(self) -> None:
         """A charge has been decided."""
@@ -2198,31 +2233,35 @@ class Outage:
 
 
 class LockedAccounts:
-    """The accounts that another session of the database has locked. What needs them gets the
-    fallback at once; everybody else is counted on."""
+    """The accounts that another session of the database has locked. Charges that need them get the
+    fallback at once; all others are still counted. Meanwhile no statement waits for a lock."""
 
     def __init__(self, ledger: Ledger, consequence: str) -> None:
         self._ledger = ledger
         self._consequence = consequence  # as in Outage
         self._entries: dict[str, Entry] = {}  # by account; one that cannot be appended
-        self._next_look = 0.0  # monotonic seconds
+        self._next_recheck = 0.0  # monotonic seconds
 
     def add(self, entries: Iterable[Entry]) -> None:
         text = "account %s: rows locked by another database session, %s (_onfailure)"
         for entry in entries:
             self._entries[entry.account] = entry
             log.warning(text, entry.account, self._consequence)
-        self._next_look = time.monotonic() + LOCKED_ACCOUNT_RETRY
+        self._next_recheck = time.monotonic() + LOCKED_ACCOUNT_RETRY
+        self._ledger.wait_for_locks(False)
 
-    def look(self) -> None:
+    def recheck(self) -> None:
         """Find out whether they still are, if it is time."""
         began = time.monotonic()
-        if not self._entries or began < self._next_look:
+        if not self._entries or began < self._next_recheck:
             return
         locked = self._ledger.still_locked(list(self._entries.values()))
+        for account in self._entries.keys() - {entry.account for entry in locked}:
+            log.warning("account %s: no longer locked, sends are counted again", account)
         self._entries = {entry.account: entry for entry in locked}
-        now = time.monotonic()  # in MySQL the look takes seconds, in which all others wait
-        self._next_look = now + max(LOCKED_ACCOUNT_RETRY, 10 * (now - began))
+        self._ledger.wait_for_locks(not locked)
+        now = time.monotonic()  # in MySQL it takes a second for each, in which all others wait
+        self._next_recheck = now + max(LOCKED_ACCOUNT_RETRY, 10 * (now - began))
 
     def are_needed_for(self, charge: Charge) -> bool:
         return bool(self._entries) and any(d.account in self._entries for d in charge.debits)
@@ -2230,7 +2269,7 @@ class LockedAccounts:
 
 class Watchdog(threading.Thread):
     """Gives the fallback to each charge that is not answered by its deadline, or when the store is
-    down, whatever the committer is at. So nobody waits longer than _dbtimeout."""
+    down, whatever the committer is doing. So nobody waits longer than _dbtimeout."""
 
     def __init__(self, outage: Outage) -> None:
         super().__init__(name="watchdog", daemon=True)
@@ -2239,6 +2278,7 @@ class Watchdog(threading.Thread):
         # those before it are answered.
         self._charges: collections.deque[PendingCharge] = collections.deque()
         self._stopped = threading.Event()
+        self._bugs = RateLimit(1.0)
 
     def watch(self, pending: PendingCharge) -> None:
         self._charges.append(pending)
@@ -2249,12 +2289,13 @@ class Watchdog(threading.Thread):
     def run(self) -> None:
         while not self._stopped.wait(WATCH_INTERVAL):
             try:
-                self._look()
+                self._answer_overdue()
                 self._outage.remind()
             except Exception:  # as in Committer.run()
-                log.exception("the watchdog met an error")
+                if self._bugs.allows():
+                    log.exception("the watchdog met an error")
 
-    def _look(self) -> None:
+    def _answer_overdue(self) -> None:
         now = time.monotonic()
         while self._charges:
             pending = self._charges[0]
@@ -2277,7 +2318,8 @@ class Committer(threading.Thread):
                take long
     chore      purging a bite, or reconnecting            idle
 
-    Attributes are written by this thread alone, but for the queue and the watchdog's charges.
+    Other threads only submit(), which uses the queue, the watchdog, and what Outage and Refusals
+    say; and the main thread ends it.
     """
 
     def __init__(self, ledger: Ledger, timeout: float, outage: Outage) -> None:
@@ -2319,7 +2361,7 @@ class Committer(threading.Thread):
     def give_up(self) -> None:
         """Let everybody who still waits have the fallback, within WATCH_INTERVAL."""
         self._ledger.stopping = True
-        self._outage.lasts = True
+        self._outage.close()
 
     def stop(self, timeout: float) -> None:
         """Decide what has been submitted and end, within `timeout` seconds."""
@@ -2340,7 +2382,8 @@ class Committer(threading.Thread):
             except Exception:  # no bug may end the thread that all wait for
                 if self._bugs.allows():
                     log.exception("an error in saslquota itself, charges get _onfailure")
-                self._ledger.forget_all()
+                with contextlib.suppress(Exception):  # it may have left something half done
+                    self._ledger.close()
             self._fall_back(batch)  # what has no answer yet
         self._ledger.close()
 
@@ -2368,6 +2411,7 @@ class Committer(threading.Thread):
         if self._outage.lasts:
             self._fall_back(batch)
             return
+        self._locked_accounts.recheck()
         while batch := self._without_locked(batch):
             try:
                 self._charge(batch)
@@ -2376,11 +2420,12 @@ class Committer(threading.Thread):
                 self._locked_accounts.add(error.entries)
 
     def _charge(self, batch: Sequence[PendingCharge]) -> None:
+        # All share one INSERT, so the first that cannot wait any longer decides for all.
         deadline = min(pending.deadline for pending in batch)
         charges = [pending.charge for pending in batch]
         verdicts = self._ledger.charge(charges, deadline, lambda n: not batch[n].is_answered)
         for pending, verdict in zip(batch, verdicts, strict=True):
-            if not verdict.accepted:
+            if verdict.repeatable_until:
                 self._refusals.remember(pending.charge, verdict)
             pending.answer(verdict)
         if time.monotonic() > deadline:
@@ -2389,7 +2434,6 @@ class Committer(threading.Thread):
 
     def _without_locked(self, batch: Sequence[PendingCharge]) -> Sequence[PendingCharge]:
         """What somebody still waits for; the fallback for what needs a locked account."""
-        self._locked_accounts.look()
         free = []
         for pending in batch:
             if self._locked_accounts.are_needed_for(pending.charge):
@@ -2414,12 +2458,13 @@ class Committer(threading.Thread):
             self._next_purge_at = time.monotonic() + pause
 
     def _reconnect(self) -> None:
-        """Open the store. One that is so slow that a decision, which takes two statements to read
-        and one to write, would be late is still down."""
+        """Open the store. One that takes so long for a write that a decision would be late is still
+        down."""
+        self._outage.retry_at = time.monotonic() + RECONNECT_INTERVAL
         self._ledger.open(time.monotonic() + self._timeout)
-        took = self._ledger.read_clock()
-        if 4 * took > self._timeout:
-            raise TimedOut(f"timed out: a statement takes {took:.1f} s")
+        took = self._ledger.probe()
+        if took > self._timeout:
+            raise TimedOut(f"timed out: a write takes {took:.1f} s")
         self._outage.try_again()
 
 
@@ -2597,12 +2642,13 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         self._pending: PendingCharge | None = None  # the last request's, until its reply was seen
         self._replying = threading.Lock()
         self._unsent = b""
+        self._bug: Exception | None = None  # met in another thread
         self._recv_timeout = 0.0  # seconds, 0 for ever
         self.between_requests = True
         self.has_asked = False
-        self.server.handlers.add(self)
         self.request.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._set_timeout(socket.SO_SNDTIMEO, self.server.client_timeout)
+        self.server.handlers.add(self)
         log.debug("[%d] thread started", self.number)
 
     def handle(self) -> None:
@@ -2634,11 +2680,11 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         while request := stream.read_request():
             self._await_reply()
             self._deadline = None
-            self._decide(request)
+            self._submit(request)
             if stream.has_more:  # a client in a hurry gives the others their turn
                 time.sleep(0)
 
-    def _decide(self, request: Request) -> None:
+    def _submit(self, request: Request) -> None:
         self._replying.acquire()
         self._pending = None
         charge = self.server.policy.charge(request, self._message)
@@ -2649,9 +2695,12 @@ class PolicyHandler(socketserver.BaseRequestHandler):
             self._pending = self.server.committer.submit(charge, decided)
 
     def _await_reply(self) -> None:
-        """Wait until the last request is answered, and the reply taken. Raises OSError."""
+        """Wait until the last request is answered, and the reply taken. Raises OSError, or what has
+        gone wrong in another thread."""
         with self._replying:
             self._pending = None
+        if self._bug:
+            raise self._bug
         if self._unsent:
             self.request.sendall(self._unsent)
             self._unsent = b""
@@ -2694,11 +2743,10 @@ class PolicyHandler(socketserver.BaseRequestHandler):
             answer = self.server.policy.answer(verdict, self._message)
             self._message.remember(answer)
             self._reply(request, answer)
-        except Exception:
-            log.exception("[%d] a request could not be answered, connection closed", self.number)
+        except Exception as error:  # noqa: BLE001 - no bug may end the thread that all wait for
+            self._bug = error  # which is raised in the connection's thread
             self.hang_up(socket.SHUT_RDWR)
-            if self._replying.locked():
-                self._replying.release()
+            self._replying.release()
 
     def _reply(self, request: Request, answer: Answer) -> None:
         """Send the reply, as far as the client takes it at once; then log it."""
@@ -2840,7 +2888,8 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         return True
 
     def _make_room(self) -> None:
-        """Close the connection that will be missed least; see PolicyHandler."""
+        """Close the connection that is least needed, see PolicyHandler. If all are, there is one more
+        connection than _maxconnections."""
         handlers = list(self.handlers)
         orders = [(order, handler) for handler in handlers if (order := handler.closing_order())]
         if orders:

@@ -234,6 +234,40 @@ def test_a_bug_in_the_ledger_costs_one_batch(
     assert "in broken" in caplog.text
 
 
+def test_a_bug_that_comes_again_when_the_store_is_closed(
+    committer: Committer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the connector, say, that has come out of step."""
+    assert ask(committer).used == 1
+    store = committer._ledger._store
+
+    class Broken:
+        def __getattr__(self, _name: str) -> object:
+            raise ZeroDivisionError
+
+    store._connection = Broken()
+    assert submit(committer, one_of("a")) is None
+    assert ask(committer).used == 2
+
+
+def test_a_bug_in_reconnecting_is_no_busy_loop(tmp_path: Path) -> None:
+    committer = new_committer(Ledger(SQLiteStore(tmp_path / "none" / "x.db", 1), 30 * DAY), 30)
+    opened = 0
+
+    def broken(_deadline: float) -> None:
+        nonlocal opened
+        opened += 1
+        raise ZeroDivisionError
+
+    committer._outage.begin(Unavailable("the test"))
+    committer._ledger.open = broken  # type: ignore[method-assign, assignment]
+    committer.start()
+    wait_for(lambda: opened >= 2, 10, "a second attempt")
+    assert opened == 2
+    assert committer.is_alive()
+    committer.stop(10)
+
+
 def test_a_bug_in_a_chore_costs_nothing(
     committer: Committer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

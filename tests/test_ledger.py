@@ -179,7 +179,7 @@ def test_the_memory_is_bounded(fleet: StartFleet, monkeypatch: pytest.MonkeyPatc
     for _ in range(2):
         assert all(one.send(f"user{n}", windows) for n in range(30))
     assert not any(one.send(f"user{n}", windows) for n in range(30))
-    assert len(one.ledgers[0]._accounts) == 10
+    assert len(one.ledgers[0]._accounts._cache) == 10
 
 
 def test_a_send_from_the_future_is_an_error_in_the_log(
@@ -566,17 +566,73 @@ def test_what_nobody_waits_for_is_not_charged(fleet: StartFleet) -> None:
 def test_nothing_is_written_when_reading_has_taken_too_long(
     fleet: StartFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An INSERT that takes as long would end after the deadline."""
+    """An INSERT that takes as long as the last statement would end after the deadline."""
     one = fleet()
-    newest, seconds = one.stores[0].newest_entries, [3, 2]
+    store, seconds = one.stores[0], [3, 2]
+    newest = store.newest_entries
 
     def slow(*names: Any, **options: Any) -> list[saslquota.StoredEntry]:
-        one.world.now += seconds.pop(0) * SECOND
-        return newest(*names, **options)
+        found = newest(*names, **options)
+        store.statement_took = seconds.pop(0)
+        one.world.now += int(store.statement_took) * SECOND
+        return found
 
-    monkeypatch.setattr(one.stores[0], "newest_entries", slow)
+    monkeypatch.setattr(store, "newest_entries", slow)
     charge = [lone_charge("a", 1, "", (Window(60, 1),))]
     with pytest.raises(TimedOut):
         one.ledgers[0].charge(charge, one.world.monotonic() + 5)
     assert one.rows() == []
     assert one.ledgers[0].charge(charge, one.world.monotonic() + 5)[0].accepted
+
+
+def test_nothing_is_written_if_the_last_insert_was_too_slow(fleet: StartFleet) -> None:
+    """Though there is nothing to read. On a new connection it is not known how long one takes."""
+    one = fleet()
+    windows = (Window(60, 9),)
+    assert one.send("a", windows)
+    one.stores[0].insert_took = 3.0
+    charge = [lone_charge("a", 1, "", windows)]
+    with pytest.raises(TimedOut):
+        one.ledgers[0].charge(charge, one.world.monotonic() + 2)
+    assert len(one.rows()) == 1
+    one.ledgers[0].open()
+    assert one.ledgers[0].charge(charge, one.world.monotonic() + 2)[0].used == 2
+
+
+@pytest.mark.parametrize("mishap", ["lost", "done"])
+def test_a_late_insert_is_not_repeated(fleet: StartFleet, mishap: str) -> None:
+    """Somebody else has the fallback already."""
+    one = fleet()
+    store, tokens = one.stores[0], one.stores[0].tokens
+
+    def late(entries: Sequence[Entry]) -> set[int]:
+        one.world.now += 6 * SECOND
+        return tokens(entries)
+
+    store.tokens = late  # type: ignore[method-assign]
+    store.mishap = mishap
+    charge = [lone_charge("a", 1, "", (Window(60, 9),))]
+    if mishap == "lost":
+        with pytest.raises(TimedOut):
+            one.ledgers[0].charge(charge, one.world.monotonic() + 5)
+        assert one.rows() == []
+    else:
+        assert one.ledgers[0].charge(charge, one.world.monotonic() + 5)[0].accepted
+        assert len(one.rows()) == 1
+
+
+def test_pools_are_locked_last(fleet: StartFleet) -> None:
+    """Whoever waits for a sender's row must not hold a pool's, for which all others wait."""
+    one = fleet()
+    written: list[str] = []
+    append = one.stores[0].append
+
+    def note(rows: Sequence[Entry]) -> None:
+        written.extend(row.account for row in rows)
+        append(rows)
+
+    one.stores[0].append = note  # type: ignore[method-assign]
+    pools = (Debit("POOL @x", 1, (Window(60, 9),)), Debit("POOL *", 1, (Window(60, 9),)))
+    batch = [Charge("", (Debit(name, 1, (Window(60, 9),)), *pools)) for name in ("b@x", "a@x")]
+    one.ledgers[0].charge(batch, NEVER)
+    assert written == ["a@x", "b@x", "POOL *", "POOL @x"]
