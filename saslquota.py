@@ -2888,8 +2888,8 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         return True
 
     def _make_room(self) -> None:
-        """Close the connection that is least needed, see PolicyHandler. If all are, there is one more
-        connection than _maxconnections."""
+        """Close the connection that is least needed, see PolicyHandler. If all are needed, there is
+        one too many."""
         handlers = list(self.handlers)
         orders = [(order, handler) for handler in handlers if (order := handler.closing_order())]
         if orders:

@@ -234,9 +234,7 @@ def test_a_bug_in_the_ledger_costs_one_batch(
     assert "in broken" in caplog.text
 
 
-def test_a_bug_that_comes_again_when_the_store_is_closed(
-    committer: Committer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bug_that_comes_again_when_the_store_is_closed(committer: Committer) -> None:
     """In the connector, say, that has come out of step."""
     assert ask(committer).used == 1
     store = committer._ledger._store
