@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from fleet import DAEMONS, MANY, NEVER, START, Fleet, StartFleet, fast_directory
-from helpers import DAY, lone_charge
+from fleet import DAEMONS, NEVER, START, Fleet, StartFleet, fast_directory
+from helpers import DAY, examples, lone_charge
 from hypothesis import given
 from hypothesis import strategies as st
 from servers.audit import SECOND
@@ -295,7 +295,7 @@ class Model:
             self.at[account] = max(now, self.at[account])
 
 
-@MANY
+@examples(1000)
 @given(st.lists(STEPS, min_size=5, max_size=50))
 def test_one_daemon_equals_the_model_at_every_step(steps: list[tuple[str, object]]) -> None:
     with tempfile.TemporaryDirectory(dir=fast_directory()) as directory:
@@ -349,7 +349,7 @@ SKEWED_STEPS = st.one_of(
 QUOTA = (Window(10, 7), Window(60, 15))
 
 
-@MANY
+@examples(1000)
 @given(st.lists(SKEWED_STEPS, min_size=10, max_size=60))
 def test_several_daemons_never_let_more_through_than_the_quota(
     steps: list[tuple[str, int, object]],

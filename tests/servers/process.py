@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple, Protocol, Self, TypeVar
+from typing import ClassVar, NamedTuple, Protocol, Self, TypeVar
 
 ROOT = Path(__file__).resolve().parents[2]
 IS_ROOT = os.geteuid() == 0
@@ -83,6 +83,8 @@ class Process:
     For subclasses: `command()`, `is_ready()`, and where they differ `environment()` and `cwd()`.
     """
 
+    interrupted: ClassVar[bool] = False  # by a signal: nothing needs to end in good order any more
+
     def __init__(self, directory: Path, name: str) -> None:
         self.directory = directory
         self.output = directory / f"{name}.out"
@@ -134,7 +136,7 @@ class Process:
         if self._popen is None:
             return 0
         if self.running:
-            self._popen.send_signal(signum)
+            self._popen.send_signal(signal.SIGKILL if Process.interrupted else signum)
             self._popen.send_signal(signal.SIGCONT)
         try:
             return self._popen.wait(timeout)
