@@ -11,12 +11,12 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
 import pytest
-from execnet import Gateway, XSpec
+from execnet import XSpec
 from fleet import Fleet, StartFleet
 from helpers import EXAMPLES, StartDaemon, StartPostfix, StartSupervisor, require
 from servers.daemon import Daemon, copy_shipped
@@ -24,6 +24,7 @@ from servers.mariadb import Database, MariaDB
 from servers.postfix import Postfix
 from servers.process import Process
 from servers.supervisor import Supervisor
+from xdist.scheduler import LoadScopeScheduling
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -37,8 +38,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 # --- Workers, and the end of them -----------------------------------------------------------------
 
-_workers: list[int] = []  # process ids
-
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes(specs: Sequence[XSpec]) -> None:
@@ -47,22 +46,27 @@ def pytest_xdist_setupnodes(specs: Sequence[XSpec]) -> None:
         spec.python = shlex.join([sys.executable, str(EXAMPLES)])
 
 
+class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
+    """Tests go to the workers one by one, those that share a Galera cluster to the same one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file, _, _ = nodeid.partition("::")
+        return file if file.endswith("/test_galera.py") else nodeid
+
+
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_newgateway(gateway: Gateway) -> None:
-    _workers.append(gateway._rinfo().pid)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Scheduling:
+    return Scheduling(config, log)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Let Ctrl-C, SIGTERM and SIGHUP end the test, all servers, the workers and the run."""
-    is_worker = hasattr(session.config, "workerinput")
+    """Let Ctrl-C, SIGTERM and SIGHUP end the test, all servers and the run.
+
+    When the run ends, its workers get SIGINT after 5 s (execnet), and SIGKILL after 10 s (xdist).
+    """
 
     def interrupt(signum: int, _frame: FrameType | None) -> None:
-        if is_worker and Process.interrupted:  # Ctrl-C reaches it twice
-            return
         Process.interrupted = True
-        for pid in _workers:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signum)
         session.shouldstop = signal.Signals(signum).name  # also when the exception gets lost
         raise KeyboardInterrupt
 

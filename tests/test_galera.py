@@ -18,11 +18,7 @@ from servers.process import pause, wait_for, wait_for_log
 
 from saslquota import Config
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(240),
-    pytest.mark.xdist_group("galera"),  # one cluster for all
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 LATEST = Config.dbtimeout + 1  # seconds until the fallback must have come
 SENDERS = tuple(f"shared{n}@example.com" for n in range(4))

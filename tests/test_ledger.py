@@ -295,6 +295,8 @@ class Model:
             self.at[account] = max(now, self.at[account])
 
 
+@pytest.mark.slow
+@pytest.mark.no_cover  # which takes as long again
 @examples(1000)
 @given(st.lists(STEPS, min_size=5, max_size=50))
 def test_one_daemon_equals_the_model_at_every_step(steps: list[tuple[str, object]]) -> None:
@@ -349,6 +351,8 @@ SKEWED_STEPS = st.one_of(
 QUOTA = (Window(10, 7), Window(60, 15))
 
 
+@pytest.mark.slow
+@pytest.mark.no_cover  # which takes as long again
 @examples(1000)
 @given(st.lists(SKEWED_STEPS, min_size=10, max_size=60))
 def test_several_daemons_never_let_more_through_than_the_quota(

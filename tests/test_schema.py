@@ -168,6 +168,7 @@ LOADED = st.one_of(GOOD, GOOD, st.lists(GOOD, min_size=1, max_size=2), WINDOWS)
 COMPARISONS = ("but for case", "same in all windows", "comes first and matches")
 
 
+@pytest.mark.slow
 @examples(1500)
 @given(default=LOADED, key=KEYS, rule=WINDOWS)
 def test_they_agree_whatever_is_written(

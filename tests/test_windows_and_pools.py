@@ -145,6 +145,8 @@ STEPS = st.one_of(
 
 
 @pytest.mark.parametrize("remembered", [2, saslquota.SPAN_ROWS])
+@pytest.mark.slow
+@pytest.mark.no_cover  # which takes as long again
 @examples(1000)
 @given(steps=st.lists(STEPS, min_size=5, max_size=40))
 def test_one_daemon_equals_the_model(remembered: int, steps: list[tuple[str, object]]) -> None:
@@ -232,6 +234,8 @@ def send(login: str, cost: int, instance: str) -> Charge:
     return Charge(instance, (*parts, Part("POOL *", cost, SERVICE)))
 
 
+@pytest.mark.slow
+@pytest.mark.no_cover  # which takes as long again
 @examples(1000)
 @given(st.lists(SHARED_STEPS, min_size=10, max_size=50))
 def test_several_daemons_keep_every_window_and_charge_all_or_none(

@@ -73,7 +73,8 @@ def run(
 
 def clean_environment(settings: Mapping[str, object] | None = None) -> dict[str, str]:
     """Return our environment without any daemon setting but the given ones."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("_")}
+    ours = ("_", "PYTHONPATH")  # pytest-xdist sets that for its workers
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     return kept | {name: str(value) for name, value in (settings or {}).items()}
 
 
