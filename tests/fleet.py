@@ -9,7 +9,7 @@ from helpers import DAY, lone_charge
 from servers.audit import SECOND
 
 import saslquota
-from saslquota import Conflict, Ledger, Row, SQLiteStore, Unavailable, Window
+from saslquota import Conflict, Entry, Ledger, SQLiteStore, Unavailable, Window
 
 START = 1_700_000_000 * SECOND
 NEVER = float("inf")
@@ -36,11 +36,11 @@ class ClockedStore(SQLiteStore):
     """A real SQLite store whose database clock, and whose luck, are the test's."""
 
     def __init__(self, path: Path, world: World) -> None:
-        super().__init__(path, patience=0)
+        super().__init__(path, statement_timeout=0)
         self._world = world
         self.skew = 0
         self.mishap = ""
-        self.frozen: list[Sequence[Row]] = []
+        self.frozen: list[Sequence[Entry]] = []
 
     def _run(self, sql: str, values: Sequence[int | str] = ()) -> list[object]:
         return super()._run(sql.replace("synchronous = FULL", "synchronous = OFF"), values)
@@ -49,7 +49,7 @@ class ClockedStore(SQLiteStore):
         super().now()
         return START + self._world.now + self.skew
 
-    def append(self, rows: Sequence[Row]) -> None:
+    def append(self, rows: Sequence[Entry]) -> None:
         mishap = self.mishap if rows else ""
         self.mishap = "" if rows else self.mishap
         if mishap == "frozen":  # the statement is carried out later, or never
@@ -89,10 +89,10 @@ class Fleet:
         (verdict,) = self.ledgers[daemon].charge([charge], NEVER)
         return verdict.accepted
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[Entry]:
         columns = saslquota.COLUMNS
         found = self.stores[0]._run(f"SELECT {columns} FROM sends ORDER BY account, seq")
-        return [Row(*row) for row in found]  # type: ignore[misc]
+        return [Entry(*row) for row in found]  # type: ignore[misc]
 
     def close(self) -> None:
         for store in self.stores:

@@ -24,8 +24,8 @@ from saslquota import (
     Charge,
     Committer,
     Config,
+    Debit,
     Message,
-    Part,
     Policy,
     Request,
     Verdict,
@@ -114,7 +114,7 @@ def mysql_config(database: Database, **changes: object) -> Config:
 
 def lone_charge(account: str, cost: int, instance: str, windows: tuple[Window, ...]) -> Charge:
     """Return a send of a sender above whom there is no pool."""
-    return Charge(instance, (Part(account, cost, windows),))
+    return Charge(instance, (Debit(account, cost, windows),))
 
 
 def submit(committer: Committer, charge: Charge) -> Verdict | None:

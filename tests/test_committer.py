@@ -15,7 +15,7 @@ from servers.disk import locked
 from servers.mariadb import Database, session
 from servers.process import wait_for
 
-from saslquota import Charge, Committer, Ledger, MySQLStore, Part, SQLiteStore, Verdict, Window
+from saslquota import Charge, Committer, Debit, Ledger, MySQLStore, SQLiteStore, Verdict, Window
 
 HOUR = (Window(3600, 2),)
 
@@ -48,7 +48,7 @@ def test_a_refusal_is_repeated_without_the_ledger(
 ) -> None:
     assert [ask(committer).accepted for _ in range(3)] == [True, True, False]
     monkeypatch.setattr(committer._ledger, "charge", pytest.fail)
-    until = ask(committer).until
+    until = ask(committer).repeatable_until
     assert ask(committer) == ask(committer, n=5)
     assert time.monotonic() < until <= time.monotonic() + 1
 
@@ -63,17 +63,17 @@ def test_a_larger_charge_is_told_its_own_moment(committer: Committer) -> None:
     windows = (Window(3600, 2, msg="{retry_after}"),)
     assert [ask(committer, windows).accepted for _ in range(3)] == [True, True, False]
     first = ask(committer, windows)
-    assert first.retry is not None
+    assert first.retry_at is not None
     assert first == ask(committer, windows)
-    assert ask(committer, windows, n=3).retry == float("inf")
+    assert ask(committer, windows, n=3).retry_at == float("inf")
     several = (Window(60, 3), Window(3600, 4))
     assert ask(committer, several, n=2).window == several[0]
     assert ask(committer, several, n=3).window == several[1]
 
 
 def test_a_refusal_by_a_pool_is_none_without_it(committer: Committer) -> None:
-    full = Part("POOL *", 1, (Window(3600, 0),))
-    own = Part("a", 1, HOUR)
+    full = Debit("POOL *", 1, (Window(3600, 0),))
+    own = Debit("a", 1, HOUR)
     refused = submit(committer, Charge("", (own, full)))
     assert refused
     assert not refused.accepted

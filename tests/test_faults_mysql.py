@@ -40,7 +40,7 @@ from servers.mariadb import Database, MariaDB, changed, crowded, frozen, kill_co
 from servers.ports import LOOPBACK
 from servers.process import ROOT, pause, run, wait_for, wait_for_log
 
-from saslquota import LOCK_PAUSE, Config, MySQLStore
+from saslquota import LOCKED_ACCOUNT_RETRY, Config, MySQLStore
 
 pytestmark = pytest.mark.slow
 
@@ -137,7 +137,7 @@ def test_some_senders_rows_are_locked(
             return {s.account for s in load.accepted() if s.began > unlocked} & set(victims)
 
         wait_for(lambda: len(counted_again()) == number, 10, "all are counted again")
-        assert time.monotonic() - unlocked < LOCK_PAUSE + RETURN + SLACK
+        assert time.monotonic() - unlocked < LOCKED_ACCOUNT_RETRY + RETURN + SLACK
     load.assert_answered(Config.dbtimeout + 1)
     audit(entries(database), load.accepted())
     during = [s for s in load.between(locked, unlocked) if s.ended < unlocked]
@@ -195,7 +195,7 @@ def test_a_missing_table(database: Database, counting: Daemon) -> None:
         load.wait(OK, 10, 100)
         database.sql("DROP TABLE sends")
         load.wait(DEFERRED, LATEST + SLACK, 50)
-        wait_for_log(counting, f"are not counted.*1146.*run mysql {database.name} < mysql.sql")
+        wait_for_log(counting, f"database unavailable.*1146.*run mysql {database.name} < mysql.sql")
         imported = time.monotonic()
         database.sql((ROOT / "mysql.sql").read_text("utf-8"))
         load.counts_within()
@@ -227,7 +227,7 @@ def test_a_full_disk(disk: Path, daemon: StartDaemon) -> None:
             with full(disk):
                 load.wait(DEFERRED, 60, 50)
                 # The server says that it is full, or hangs until there is room again (2013).
-                wait_for_log(counting, "are not counted.*(1114|1030|1026|2013)")
+                wait_for_log(counting, "database unavailable.*(1114|1030|1026|2013)")
             if not server.running:
                 server.start()
             load.counts_within()
@@ -291,7 +291,7 @@ def test_a_daemon_that_dies_with_locks_held_locks_nobody_out(
     gone.open()
     with Load(counting.port) as load:
         load.wait(OK, 10, 100)
-        gone.newest(sorted(NARROW + WIDE), lock=True)
+        gone.newest_entries(sorted(NARROW + WIDE), take_locks=True)
         load.wait(DEFERRED, LATEST + SLACK, 50)
         load.wait(OK, 15, 50)
         load.counts_within()

@@ -154,7 +154,9 @@ def test_the_file_is_corrupted(counting: Daemon, corrupt: Callable[[Path], None]
         counting.start()
         if corrupt is not empty:  # which is how every ledger begins
             load.wait(DEFERRED, LATEST + SLACK, 50)
-            wait_for_log(counting, r"are not counted.*(malformed|not a database|disk I/O error)")
+            wait_for_log(
+                counting, r"database unavailable.*(malformed|not a database|disk I/O error)"
+            )
             path.rename(path.with_suffix(".broken"))
         noticed = time.monotonic()
         load.counts_within()
@@ -178,7 +180,7 @@ def test_a_full_disk(disk: Path, daemon: StartDaemon) -> None:
             load.wait(OK, 10, 100)
             with full(disk):
                 load.wait(DEFERRED, 30, 50)
-                wait_for_log(counting, "are not counted.*(full|disk I/O error)")
+                wait_for_log(counting, "database unavailable.*(full|disk I/O error)")
                 pause(1)
             load.counts_within()
     audit_all(path, load)
@@ -193,7 +195,7 @@ def test_a_file_that_may_not_be_written(new_directory: Callable[[], Path]) -> No
     path.chmod(0o444)
     with counting, Load(counting.port) as load:
         load.wait(DEFERRED, LATEST + SLACK, 50)
-        wait_for_log(counting, f"are not counted.*{path}.*readonly")
+        wait_for_log(counting, f"database unavailable.*{path}.*readonly")
         path.chmod(0o666)
         load.counts_within()
     audit_all(counting.ledger, load)
@@ -207,7 +209,7 @@ def test_a_directory_that_may_not_be_written(new_directory: Callable[[], Path]) 
     counting = Unprivileged(new_directory(), {**CONFIG, "_sqlitefile": str(path)}, RULES)
     with counting, Load(counting.port) as load:
         load.wait(DEFERRED, LATEST + SLACK, 50)
-        wait_for_log(counting, f"are not counted.*{path}: unable to open")
+        wait_for_log(counting, f"database unavailable.*{path}: unable to open")
         elsewhere.chmod(0o777)
         load.counts_within()
     audit_all(path, load)
@@ -252,12 +254,12 @@ def test_the_rules_file_breaks(new_directory: Callable[[], Path]) -> None:
             path.unlink(missing_ok=True)
             path.write_text(good, "utf-8")
             path.chmod(0o644)
-        before = counting.log().count("rules read again")
+        before = counting.log().count("rules reloaded")
         for _ in range(3):  # replaced, as editors do
             aside.write_text(good + "\n", "utf-8")
             aside.chmod(0o644)
             aside.replace(path)
-        wait_for(lambda: counting.log().count("rules read again") > before, 5, "the rules are read")
+        wait_for(lambda: counting.log().count("rules reloaded") > before, 5, "the rules are read")
         load.counts_within()
     audit_all(counting.ledger, load)
     assert DEFERRED not in {sample.reply for sample in load.samples}

@@ -275,7 +275,7 @@ def test_changed_rules_are_read_when_descriptors_are_free_again(daemon: StartDae
         running.write_rules({"default": {"period": 60, "msgquota": 1, "msg": "new"}})
         wait_for_log(running, "rules not read")
         resource.prlimit(running.pid, resource.RLIMIT_NOFILE, hard)
-        wait_for_log(running, "rules read again")
+        wait_for_log(running, "rules reloaded")
         assert policy.ask() == "REJECT new"
 
 

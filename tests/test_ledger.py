@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from servers.audit import SECOND
 
 import saslquota
-from saslquota import Conflict, Row, StoreError, Unavailable, Window
+from saslquota import Conflict, Entry, StoreError, Unavailable, Window
 
 
 def test_the_quota_lets_exactly_the_quota_through(fleet: StartFleet) -> None:
@@ -83,8 +83,8 @@ def test_memory_suffices_while_nobody_else_appends(
     one = fleet()
     windows = (Window(3600, 1000),)
     one.send("a", windows)
-    monkeypatch.setattr(one.stores[0], "newest", pytest.fail)
-    monkeypatch.setattr(one.stores[0], "following", pytest.fail)
+    monkeypatch.setattr(one.stores[0], "newest_entries", pytest.fail)
+    monkeypatch.setattr(one.stores[0], "entries_after", pytest.fail)
     for _ in range(200):
         one.world.now += 1000
         assert one.send("a", windows)
@@ -96,7 +96,7 @@ def test_a_refusal_is_read_again_after_a_second_at_the_latest(fleet: StartFleet)
     assert one.send("a", windows)
     assert not one.send("a", windows)
     one.stores[0].reset("a")
-    one.world.now += int(saslquota.CLOCK_TRUST * SECOND) + 1
+    one.world.now += int(saslquota.FRESHNESS * SECOND) + 1
     assert one.send("b", windows)  # reads the clock, and nothing of a
     assert one.send("a", windows)
 
@@ -140,7 +140,7 @@ def test_a_chain_goes_on_after_a_batch_was_given_up(fleet: StartFleet) -> None:
     assert [(row.account, row.seq) for row in one.rows()] == [("a", 1), ("a", 2), ("b", 1)]
 
 
-def fail(_rows: Sequence[Row]) -> None:
+def fail(_rows: Sequence[Entry]) -> None:
     raise Unavailable("the test")
 
 
@@ -195,7 +195,7 @@ def test_a_send_from_the_future_is_an_error_in_the_log(
 def test_the_deadline_ends_the_attempts(fleet: StartFleet, monkeypatch: pytest.MonkeyPatch) -> None:
     one = fleet()
 
-    def collide(_rows: Sequence[Row]) -> None:
+    def collide(_rows: Sequence[Entry]) -> None:
         one.world.now += SECOND
         raise Conflict("the test")
 
@@ -222,7 +222,7 @@ def test_an_insert_that_wakes_after_the_look_is_not_repeated(fleet: StartFleet) 
     store = one.stores[0]
     look = store.tokens
 
-    def look_too_early(rows: Sequence[Row]) -> set[int]:
+    def look_too_early(rows: Sequence[Entry]) -> set[int]:
         found = look(rows)
         store.thaw()
         return found
@@ -395,7 +395,7 @@ def test_several_daemons_never_let_more_through_than_the_quota(
         never_over_quota([row for row in rows if row.account == account])
 
 
-def never_over_quota(rows: list[Row]) -> None:
+def never_over_quota(rows: list[Entry]) -> None:
     """In the ledger's own times no period of any length in QUOTA holds more than it may."""
     assert [row.seq for row in rows] == list(range(1, len(rows) + 1))
     assert all(a.at <= b.at for a, b in itertools.pairwise(rows))
@@ -434,12 +434,12 @@ def test_windows_of_many_sends_slide_exactly(fleet: StartFleet, restart: float, 
 def test_a_window_that_begins_deep_in_a_chain(fleet: StartFleet, purged: int, reset: int) -> None:
     """Wherever it begins, a new ledger finds the same as an addition of all sends."""
     one, luck = fleet(), random.Random(purged + reset)
-    rows, at, total = list[Row](), START, 0
+    rows, at, total = list[Entry](), START, 0
     for seq in range(1, 10_001):
         at += luck.choice((0, 0, 1, 50)) * 1000
         cost = 0 if seq == reset else luck.randrange(1, 4)
         total = total + cost if cost else 0
-        rows.append(Row("a", seq, 1 + (0 < reset <= seq), at, cost, total, "", 1))
+        rows.append(Entry("a", seq, 1 + (0 < reset <= seq), at, cost, total, "", 1))
     for first in range(0, len(rows), 500):
         one.stores[0].append(rows[first : first + 500])
     one.stores[0]._run("DELETE FROM sends WHERE seq <= ?", (purged,))
@@ -457,7 +457,7 @@ def test_a_window_that_begins_deep_in_a_chain(fleet: StartFleet, purged: int, re
         assert (verdict.accepted, verdict.used) == (False, used), f"depth {depth}"
         totals = itertools.accumulate(r.recipients for r in inside)
         last = inside[sum(total < min(used, depth) for total in totals)]
-        assert verdict.retry == pytest.approx(
+        assert verdict.retry_at == pytest.approx(
             (last.at - now) / SECOND + period + one.world.now / SECOND, abs=1e-5
         )
 
@@ -470,7 +470,7 @@ def test_chains_of_any_length_behind_a_window(fleet: StartFleet, inside: int) ->
     for length in range(inside, inside + 150):
         ats = [old] * (length - inside) + [young] * inside
         name = f"a{length}"
-        rows = [Row(name, n, 1, at, 1, n, "", 1) for n, at in enumerate(ats, 1)]
+        rows = [Entry(name, n, 1, at, 1, n, "", 1) for n, at in enumerate(ats, 1)]
         one.stores[0].append(rows)
         charge = lone_charge(name, 1, "", (Window(60, inside),))
         (verdict,) = one.ledgers[0].charge([charge], NEVER)
@@ -524,9 +524,9 @@ def test_a_purge_keeps_the_newest_row_of_each_account(
 def test_the_real_clock_carries_the_time_on() -> None:
     clock = saslquota.Clock(time.monotonic)
     clock.set(START)
-    assert clock.trusted()
+    assert clock.is_fresh()
     first = clock.now()
     clock.set(START - 3600 * SECOND)
     assert clock.now() == first
     clock.distrust()
-    assert not clock.trusted()
+    assert not clock.is_fresh()

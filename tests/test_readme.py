@@ -310,7 +310,7 @@ def test_production_with_sqlite_under_supervisord(new_directory: Callable[[], Pa
 
         restart, hup = block("4. supervisord", "sh", "restart").splitlines()
         assert "saslquota: signalled" in shell(hup, ("supervisorctl", control))
-        wait_for(lambda: "rules read again" in log.read_text(), 5, "the signal has come")
+        wait_for(lambda: "rules reloaded" in log.read_text(), 5, "the signal has come")
         assert "saslquota: started" in shell(restart, ("supervisorctl", control))
         wait_for(lambda: is_listening(supervisor.port), 20, "it listens again")
 

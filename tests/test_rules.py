@@ -129,7 +129,7 @@ def test_a_changed_file_is_read(
     path.write_text(quota(amount), "utf-8")
     rules.reload()
     assert in_force(rules) == amount
-    assert caplog.messages == [f"rules read again: default {amount} in 60 s"]
+    assert caplog.messages == [f"rules reloaded: default {amount} in 60 s"]
 
 
 def test_a_file_put_in_its_place_is_read(rules: RulesFile, path: Path) -> None:
@@ -147,7 +147,7 @@ def test_force_reads_also_what_looks_unchanged(
     rules: RulesFile, caplog: pytest.LogCaptureFixture
 ) -> None:
     rules.reload(force=True)
-    assert caplog.messages == ["rules read again: default 10 in 60 s"]
+    assert caplog.messages == ["rules reloaded: default 10 in 60 s"]
 
 
 @pytest.mark.parametrize(

@@ -600,7 +600,7 @@ def test_changed_rules_are_picked_up(daemon: StartDaemon) -> None:
     with running.policy() as policy:
         assert [policy.ask(), policy.ask()] == ["OK", "REJECT 1 are enough"]
         running.write_rules(quota(2))
-        wait_for_log(running, "rules read again: default 2 in 3600 s")
+        wait_for_log(running, "rules reloaded: default 2 in 3600 s")
         assert [policy.ask(), policy.ask()] == ["OK", "REJECT 2 are enough"]
 
 
@@ -609,7 +609,7 @@ def test_hangup_reads_the_rules_at_once(daemon: StartDaemon) -> None:
     with running.policy() as policy:
         assert policy.ask() == "OK"
         os.kill(running.pid, signal.SIGHUP)
-        wait_for_log(running, "rules read again: default 1 in 3600 s")
+        wait_for_log(running, "rules reloaded: default 1 in 3600 s")
         assert policy.ask() == "REJECT 1 are enough"
     assert running.running
 
@@ -623,5 +623,5 @@ def test_a_broken_rules_file_changes_nothing(daemon: StartDaemon) -> None:
         wait_for_log(running, f"{path}, line 3, column 1: not JSON")
         assert [policy.ask(), policy.ask()] == ["OK", "REJECT 1 are enough"]
         running.write_rules(quota(3))
-        wait_for_log(running, "rules read again: default 3 in 3600 s")
+        wait_for_log(running, "rules reloaded: default 3 in 3600 s")
         assert policy.ask() == "OK"

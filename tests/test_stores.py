@@ -17,12 +17,12 @@ from servers.process import ROOT, wait_for
 
 import saslquota
 from saslquota import (
-    NOWHERE,
+    PURGE_START,
     Config,
     Conflict,
+    Entry,
     Ledger,
     MySQLStore,
-    Row,
     SQLiteStore,
     Store,
     Unavailable,
@@ -70,8 +70,8 @@ def new_store(
         yield opened
 
 
-def row(account: str, seq: int, at: int, **changes: object) -> Row:
-    return Row(account, seq, 1, at, 1, seq, "1f.2", 77)._replace(**changes)  # type: ignore[arg-type]
+def row(account: str, seq: int, at: int, **changes: object) -> Entry:
+    return Entry(account, seq, 1, at, 1, seq, "1f.2", 77)._replace(**changes)  # type: ignore[arg-type]
 
 
 # --- Each method ----------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def test_what_is_appended_is_read_back(new_store: OpenStore) -> None:
     now = store.now()
     rows = [row("a", 1, now), row("a", 2, now + 1), row("b@x", 1, now + 2, epoch=3, total=9)]
     store.append(rows)
-    assert sorted(other.newest(["a", "b@x", "c"], lock=False)) == [
+    assert sorted(other.newest_entries(["a", "b@x", "c"], take_locks=False)) == [
         ("a", 1, 1, now, 0, 1),
         ("a", 2, 1, now + 1, 1, 2),
         ("b@x", 1, 3, now + 2, 8, 9),
@@ -105,14 +105,17 @@ def test_accounts_are_kept_to_the_letter(new_store: OpenStore, account: str) -> 
     store = new_store()
     now = store.now()
     store.append([row(account, 1, now, instance=account[:64])])
-    assert [sent.account for sent in store.newest([account], lock=False)] == [account]
-    assert store.newest([account.upper()], lock=False) == [] or account.upper() == account
+    assert [sent.account for sent in store.newest_entries([account], take_locks=False)] == [account]
+    assert (
+        store.newest_entries([account.upper()], take_locks=False) == []
+        or account.upper() == account
+    )
 
 
 def test_accents_are_other_accounts(new_store: OpenStore) -> None:
     store = new_store()
     store.append([row("jose", 1, store.now())])
-    assert store.newest(["josé"], lock=False) == []
+    assert store.newest_entries(["josé"], take_locks=False) == []
 
 
 def test_the_newest_some_and_the_following_sends_of_several_accounts(
@@ -123,14 +126,14 @@ def test_the_newest_some_and_the_following_sends_of_several_accounts(
     store.append([row("a", seq, now + seq) for seq in range(1, 101)])
     store.append([row("b", seq, now + seq) for seq in range(50, 60)])
     tails = {("a", seq) for seq in range(93, 101)} | {("b", seq) for seq in range(52, 60)}
-    assert {sent[:2] for sent in store.newest(["a", "b", "c"], lock=False)} == tails
+    assert {sent[:2] for sent in store.newest_entries(["a", "b", "c"], take_locks=False)} == tails
     probes = list(range(44, 60))
     some = {(name, seq) for name in "ab" for seq in probes if name == "a" or seq >= 50}
-    assert {sent[:2] for sent in store.some([(name, probes) for name in "abc"])} == some
+    assert {sent[:2] for sent in store.entries_at([(name, probes) for name in "abc"])} == some
     after = {("a", seq) for seq in range(11, 75)} | {("b", seq) for seq in range(58, 60)}
     wanted = [("a", 10), ("b", 57), ("c", 0)]
-    assert {sent[:2] for sent in store.following(wanted)} == after
-    assert store.following([]) == store.some([]) == []
+    assert {sent[:2] for sent in store.entries_after(wanted)} == after
+    assert store.entries_after([]) == store.entries_at([]) == []
 
 
 def test_a_taken_seq_is_a_conflict_and_writes_nothing(new_store: OpenStore) -> None:
@@ -140,7 +143,7 @@ def test_a_taken_seq_is_a_conflict_and_writes_nothing(new_store: OpenStore) -> N
     other.tokens([row("b", 1, now)])
     with pytest.raises(Conflict):
         other.append([row("a", 1, now, token=5), row("b", 1, now, token=5)])
-    assert store.newest(["a"], lock=False) == []
+    assert store.newest_entries(["a"], take_locks=False) == []
     assert store.tokens([row("b", 1, now)]) == {77}
 
 
@@ -148,7 +151,7 @@ def test_a_lock_keeps_others_out_until_the_append(new_store: OpenStore) -> None:
     store, other = new_store(), new_store()
     now = store.now()
     store.append([row("a", 1, now)])
-    assert store.newest(["a"], lock=True)
+    assert store.newest_entries(["a"], take_locks=True)
     with ThreadPoolExecutor(1) as pool:
         other.close()  # SQLite's belong to their threads
 
@@ -170,10 +173,10 @@ def test_a_rollback_lets_go(new_store: OpenStore) -> None:
     store, other = new_store(), new_store()
     now = store.now()
     store.append([row("a", 1, now)])
-    store.newest(["a"], lock=True)
+    store.newest_entries(["a"], take_locks=True)
     store.rollback()
     other.append([row("a", 2, now)])
-    store.newest(["a"], lock=True)
+    store.newest_entries(["a"], take_locks=True)
     store.append([])
     other.append([row("a", 3, now)])
 
@@ -189,8 +192,8 @@ def test_a_purge_takes_old_rows_but_never_the_newest(
         rows = [row(account, seq, old) for seq in range(1, 6)]
         store.append([*rows, row(account, 6, old + 1)])
     store.append([row("a", 7, now)])
-    place, rounds = store.purge(now - 30 * DAY * SECOND, NOWHERE), 1
-    while place != NOWHERE:
+    place, rounds = store.purge(now - 30 * DAY * SECOND, PURGE_START), 1
+    while place != PURGE_START:
         place, rounds = store.purge(now - 30 * DAY * SECOND, place), rounds + 1
     assert rounds == 5
     left = [row(account, seq, 0) for account in "abc" for seq in range(1, 8)]
@@ -202,9 +205,9 @@ def test_a_closed_store_is_unavailable_until_it_is_opened(new_store: OpenStore) 
     store = new_store()
     store.close()
     with pytest.raises(Unavailable):
-        store.newest(["a"], lock=False)
+        store.newest_entries(["a"], take_locks=False)
     store.open()
-    assert store.newest(["a"], lock=False) == []
+    assert store.newest_entries(["a"], take_locks=False) == []
 
 
 # --- Ledgers at once ------------------------------------------------------------------------------
@@ -235,7 +238,7 @@ def test_ledgers_at_once_accept_exactly_the_quota(new_store: OpenStore, daemons:
 
     new_store()  # makes the file
     assert race([make] * daemons, 5000, 1000) == 1000
-    head = max(new_store().newest(["a"], lock=False))
+    head = max(new_store().newest_entries(["a"], take_locks=False))
     assert (head.seq, head.total) == (1000, 1000)
 
 
@@ -343,7 +346,7 @@ def test_a_daemon_farther_away_does_not_starve(database: Database) -> None:
     in_a_row, most = 0, 0
     append = store.append
 
-    def count(rows: Sequence[Row]) -> None:
+    def count(rows: Sequence[Entry]) -> None:
         nonlocal in_a_row, most
         in_a_row += 1
         most = max(most, in_a_row)
@@ -392,7 +395,9 @@ def test_the_first_host_that_takes_sends_is_used(database: Database) -> None:
     store = MySQLStore(mysql_config(database, myhost=hosts))
     for _ in range(2):
         store.open()
-        store.append([row("a", 1 + len(store.newest(["a"], lock=False)), store.now())])
+        store.append(
+            [row("a", 1 + len(store.newest_entries(["a"], take_locks=False)), store.now())]
+        )
         store.close()
     assert store._hosts[0] == f"localhost:{port}"
 
@@ -407,7 +412,7 @@ def test_a_ledger_file_that_is_replaced_is_noticed(tmp_path: Path) -> None:
     assert ledger.charge([charge], time.monotonic() + 5)[0].accepted
     for suffix in ("", "-wal", "-shm"):
         Path(f"{path}{suffix}").unlink(missing_ok=True)
-    ledger._clock.distrust()
+    ledger._accounts._clock.distrust()
     assert ledger.charge([charge], time.monotonic() + 5)[0].accepted
     ledger.close()
     assert path.exists()

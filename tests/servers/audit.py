@@ -28,7 +28,7 @@ class Entry(NamedTuple):
 
 def entries(ledger: Database | Path) -> list[Entry]:
     """All rows of a ledger in MariaDB, or in an SQLite file, in their order."""
-    at = "at" if isinstance(ledger, Path) else MySQLStore.AT
+    at = "at" if isinstance(ledger, Path) else MySQLStore.SELECT_AT
     select = f"SELECT account, seq, {at}, recipients, total, instance FROM sends ORDER BY 1, 2"
     if isinstance(ledger, Path):
         with closing(sqlite3.connect(ledger, timeout=10)) as connection:

@@ -186,7 +186,7 @@ def outlast(
     with trouble:
         load.wait(DEFERRED, LATEST + SLACK, 50)
         noticed = time.monotonic()
-        wait_for_log(counting, f"are not counted.*{complaint}")
+        wait_for_log(counting, f"database unavailable.*{complaint}")
         pause(ends - time.monotonic())
         over = time.monotonic()
     load.counts_within()
