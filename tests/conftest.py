@@ -5,21 +5,76 @@ run's last lines say so loudly, and with CI=true in the environment it fails the
 """
 
 import os
+import shlex
 import signal
+import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
 import pytest
+from execnet import XSpec
 from fleet import Fleet, StartFleet
-from helpers import StartDaemon, StartPostfix, StartSupervisor, require
+from helpers import EXAMPLES, StartDaemon, StartPostfix, StartSupervisor, require
 from servers.daemon import Daemon, copy_shipped
 from servers.mariadb import Database, MariaDB
 from servers.postfix import Postfix
+from servers.process import Process
 from servers.supervisor import Supervisor
+from xdist.scheduler import LoadScopeScheduling
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what needs a server: its directories tell. Workers begin with what takes longest."""
+    for item in items:
+        if "new_directory" in getattr(item, "fixturenames", ()):
+            item.add_marker("server")
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+# --- Workers, and the end of them -----------------------------------------------------------------
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(specs: Sequence[XSpec]) -> None:
+    """Let workers begin as this process has, see __main__.py."""
+    for spec in specs:
+        spec.python = shlex.join([sys.executable, str(EXAMPLES)])
+
+
+class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
+    """Tests go to the workers one by one, those that share a Galera cluster to the same one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file, _, _ = nodeid.partition("::")
+        return file if file.endswith("/test_galera.py") else nodeid
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Scheduling:
+    return Scheduling(config, log)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Let Ctrl-C, SIGTERM and SIGHUP end the test, all servers and the run.
+
+    When the run ends, its workers get SIGINT after 5 s (execnet), and SIGKILL after 10 s (xdist).
+    """
+
+    def interrupt(signum: int, _frame: FrameType | None) -> None:
+        Process.interrupted = True
+        session.shouldstop = signal.Signals(signum).name  # also when the exception gets lost
+        raise KeyboardInterrupt
+
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, interrupt)
+
+
+# --- Skipped tests --------------------------------------------------------------------------------
 
 
 def _skips(config: pytest.Config) -> Counter[str]:
@@ -27,17 +82,6 @@ def _skips(config: pytest.Config) -> Counter[str]:
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     reports = reporter.stats.get("skipped", []) if reporter else []
     return Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in reports)
-
-
-def pytest_sessionstart(session: pytest.Session) -> None:
-    """Let Ctrl-C, SIGTERM and SIGHUP end the test, all servers and the run."""
-
-    def interrupt(signum: int, _frame: FrameType | None) -> None:
-        session.shouldstop = signal.Signals(signum).name  # also when the exception gets lost
-        raise KeyboardInterrupt
-
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, interrupt)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -58,6 +102,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     if os.environ.get("CI") == "true":
         print("!! With CI=true that is a failure.")
     print("!" * 78)
+
+
+# --- Fixtures -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -168,6 +215,6 @@ def fleet(tmp_path: Path) -> Iterator[StartFleet]:
 
 
 @pytest.fixture
-def shipped(new_directory: Callable[[], Path]) -> Path:
+def shipped(tmp_path: Path) -> Path:
     """The files of a fresh clone."""
-    return copy_shipped(new_directory())
+    return copy_shipped(tmp_path / "clone")

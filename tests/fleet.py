@@ -6,7 +6,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from helpers import DAY, lone_charge
-from hypothesis import HealthCheck, settings
 from servers.audit import SECOND
 
 import saslquota
@@ -15,7 +14,6 @@ from saslquota import Conflict, Entry, Ledger, SQLiteStore, Unavailable, Window
 START = 1_700_000_000 * SECOND
 NEVER = float("inf")
 DAEMONS = 3
-MANY = settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 RESET = """
     INSERT INTO sends (account, seq, epoch, at, recipients, total, instance, token)

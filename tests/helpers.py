@@ -1,6 +1,7 @@
 """What several test files need, and that is not a server."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import hypothesis
 import pytest
+from hypothesis import HealthCheck
 from servers.daemon import Daemon
 from servers.mariadb import Database
 from servers.postfix import Postfix
@@ -47,6 +50,8 @@ SENTENCE = (
     " tente novamente mais tarde"
 )
 
+EFFORT = float(os.environ.get("EFFORT", "1"))  # times as many examples of what is random
+
 # Requests that cost nothing and are answered DUNNO.
 SMALL = b"request=smtpd_access_policy\nprotocol_state=CONNECT\n\n"
 WHOLE = SMALL[:-1] + b"sender=a@xx\n\n"  # 64 bytes: a recv() gives no part of one
@@ -60,6 +65,15 @@ def require(*commands: str, root: bool = False) -> None:
         pytest.skip(f"not installed: {', '.join(missing)}")
     if root and not IS_ROOT:
         pytest.skip("needs root")
+
+
+def examples(number: int) -> hypothesis.settings:
+    """Return settings for so many random examples, of which each may take its time."""
+    return hypothesis.settings(
+        max_examples=max(1, round(number * EFFORT)),
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
 
 
 def example_files(kind: str) -> list[Path]:

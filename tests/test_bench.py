@@ -42,6 +42,7 @@ def users_of_peers() -> list[str]:
     return [line for line in Path("/etc/passwd").read_text().splitlines() if line.startswith(PEERS)]
 
 
+@pytest.mark.server
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_benchmark_runs(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fleet import RESET
 from helpers import DAY, Reply, lone_charge, mysql_config, new_committer, submit
 from servers.audit import count_rows, entries
 from servers.mariadb import Database, session
@@ -109,10 +110,7 @@ def test_another_daemons_reset_ends_the_refusals(tmp_path: Path) -> None:
         assert [ask(committer).accepted for _ in range(3)] == [True, True, False]
         store = SQLiteStore(path, 1)
         store.open()
-        store._run(
-            "INSERT INTO sends SELECT account, seq + 1, epoch + 1, at, 0, 0, 'reset', 0"
-            " FROM sends ORDER BY seq DESC LIMIT 1"
-        )
+        store._run(RESET, (0, "a"))
         store.close()
         wait_for(lambda: ask(committer).accepted, 5, "the reset is noticed")
 

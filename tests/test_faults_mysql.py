@@ -329,7 +329,7 @@ def test_the_servers_clock_is_set(new_directory: Callable[[], Path], daemon: Sta
         database = server.create_database()
         counting = daemon({**database.config(), "_loglevel": "INFO"}, CLOCK_RULES)
         with Load(counting.port, NARROW) as load:
-            set_clock_under_load(server.clock, load)
+            set_clock_under_load(server.clock, load, database)
         audit_clocked(entries(database), load)
 
 

@@ -275,7 +275,7 @@ def test_the_daemons_clock_is_set(new_directory: Callable[[], Path]) -> None:
         ClockedDaemon(new_directory(), CONFIG, CLOCK_RULES) as counting,
         Load(counting.port, NARROW) as load,
     ):
-        set_clock_under_load(counting.clock, load)
+        set_clock_under_load(counting.clock, load, counting.ledger)
     audit_clocked(entries(counting.ledger), load)
 
 

@@ -1,7 +1,6 @@
 """Whatever comes over the wire: the daemon answers or hangs up, and goes on."""
 
 import errno
-import os
 import re
 import socket
 from collections.abc import Callable, Iterator
@@ -9,7 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from helpers import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from servers.daemon import Daemon
 from servers.ports import LOOPBACK
@@ -35,11 +35,6 @@ RULES = {
 REFUSED = f"REJECT {LONG}".encode()[:MAX_REPLY].decode("utf-8", "ignore")
 ACTIONS = {"OK", "DUNNO", "REJECT authentication required", "REJECT login name too long", REFUSED}
 COUNTED = {b"MAIL", b"RCPT", b"DATA", b"END-OF-MESSAGE"}
-PATIENT = settings(
-    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "400")),
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
 
 NASTY = [
     *(b"", b" ", b"=", b"==", b"\r", b"\t", b"\0", b"\x1b[2J", b"\xff\xfe", b"\xed\xa0\x80"),
@@ -156,7 +151,7 @@ def expected(data: bytes) -> tuple[list[str], bool]:
     return actions, True
 
 
-@PATIENT
+@examples(400)
 @given(st.lists(st.one_of(REQUESTS, ATTRIBUTES, JUNK), max_size=6), st.integers(1, 70_000))
 def test_read_request(stream: list[bytes], size: int) -> None:
     """Any bytes, in pieces of any size: as many requests as there are, and nothing unexpected."""
@@ -225,7 +220,7 @@ def talk(daemon: Daemon, pieces: list[bytes]) -> tuple[bytes, bool]:
 
 
 @pytest.mark.slow
-@PATIENT
+@examples(400)
 @given(stream=STREAMS)
 def test_the_daemon(running: Daemon, stream: list[bytes]) -> None:
     received, whole = talk(running, stream)
@@ -239,7 +234,7 @@ def test_the_daemon(running: Daemon, stream: list[bytes]) -> None:
 
 
 @pytest.mark.slow
-@settings(PATIENT, max_examples=100)
+@examples(100)
 @given(stream=STREAMS, cut=st.integers(0, 3000))
 def test_clients_that_vanish(running: Daemon, stream: list[bytes], cut: int) -> None:
     """In the middle of anything, with a reset."""

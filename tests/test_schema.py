@@ -8,8 +8,8 @@ from typing import Any
 
 import jsonschema
 import pytest
-from helpers import RETENTION, example_files
-from hypothesis import given, settings
+from helpers import RETENTION, example_files, examples
+from hypothesis import given
 from hypothesis import strategies as st
 from servers.process import ROOT
 
@@ -165,7 +165,8 @@ LOADED = st.one_of(GOOD, GOOD, st.lists(GOOD, min_size=1, max_size=2), WINDOWS)
 COMPARISONS = ("but for case", "same in all windows", "comes first and matches")
 
 
-@settings(max_examples=1500, deadline=None)
+@pytest.mark.slow
+@examples(1500)
 @given(default=LOADED, key=KEYS, rule=WINDOWS)
 def test_they_agree_whatever_is_written(
     tmp_path_factory: pytest.TempPathFactory, default: object, key: str, rule: object

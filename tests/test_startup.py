@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -39,19 +39,24 @@ class FreshClone(Process):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_fresh_clone_runs_with_nothing_installed(tmp_path: Path, signum: int) -> None:
-    with FreshClone(tmp_path) as clone:
+def test_fresh_clone_runs_with_nothing_installed(
+    new_directory: Callable[[], Path], signum: int
+) -> None:
+    directory = new_directory()
+    with FreshClone(directory) as clone:
         with PolicyClient(clone.port) as policy:
             assert policy.ask() == "OK"
             assert clone.stop(signum, timeout=5) == 0
         for told in ("saslquota.db", "default", "localhost", "root@localhost"):
             assert told in clone.log()
-    assert (tmp_path / "saslquota.db").exists()
+    assert (directory / "saslquota.db").exists()
 
 
-def test_counts_survive_a_restart(tmp_path: Path) -> None:
+def test_counts_survive_a_restart(new_directory: Callable[[], Path]) -> None:
+    directory = new_directory()
+
     def actions(number: int) -> list[str]:
-        with FreshClone(tmp_path) as clone, PolicyClient(clone.port) as policy:
+        with FreshClone(directory) as clone, PolicyClient(clone.port) as policy:
             return [policy.ask(sasl_username="root@localhost") for _ in range(number)]
 
     assert set(actions(50)) == {"OK"}

@@ -32,7 +32,13 @@ from saslquota import (
 OpenStore = Callable[[], Store]
 
 
-@pytest.fixture(params=["sqlite", "mariadb", "mariadb-pure"])
+@pytest.fixture(
+    params=[
+        "sqlite",
+        pytest.param("mariadb", marks=pytest.mark.server),
+        pytest.param("mariadb-pure", marks=pytest.mark.server),
+    ]
+)
 def new_store(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[OpenStore]:

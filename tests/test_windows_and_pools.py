@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from fleet import DAEMONS, MANY, NEVER, START, Fleet, StartFleet, fast_directory
+from fleet import DAEMONS, NEVER, START, Fleet, StartFleet, fast_directory
+from helpers import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from servers.audit import SECOND
@@ -144,7 +145,9 @@ STEPS = st.one_of(
 
 
 @pytest.mark.parametrize("remembered", [2, saslquota.WINDOW_CACHE_ROWS])
-@MANY
+@pytest.mark.slow
+@pytest.mark.no_cover  # which takes as long again
+@examples(1000)
 @given(steps=st.lists(STEPS, min_size=5, max_size=40))
 def test_one_daemon_equals_the_model(remembered: int, steps: list[tuple[str, object]]) -> None:
     """With little remembered, the store must say when enough sends have left."""
@@ -232,7 +235,9 @@ def send(login: str, cost: int, instance: str) -> Charge:
     return Charge(instance, (*parts, Debit("POOL *", cost, SERVICE)))
 
 
-@MANY
+@pytest.mark.slow
+@pytest.mark.no_cover  # which takes as long again
+@examples(1000)
 @given(st.lists(SHARED_STEPS, min_size=10, max_size=50))
 def test_several_daemons_keep_every_window_and_charge_all_or_none(
     steps: list[tuple[str, int, object]],

@@ -169,12 +169,13 @@ def changed(server: MariaDB, variable: str, value: int) -> Iterator[None]:
 @contextmanager
 def crowded(server: MariaDB, database: Database) -> Iterator[None]:
     """Others have all the connections; the daemons have lost theirs."""
-    import mysql.connector
-
-    with session(server) as admin, changed(server, "max_connections", 10), ExitStack() as others:
-        with suppress(mysql.connector.Error):  # if still more are in use
-            for _ in range(9):
-                others.enter_context(session(server))
+    before = server.sql("SELECT @@GLOBAL.max_connections")
+    with ExitStack() as stack:
+        admin = stack.enter_context(session(server))
+        stack.callback(admin.execute, f"SET GLOBAL max_connections = {before}")
+        for _ in range(9):
+            stack.enter_context(session(server))
+        admin.execute("SET GLOBAL max_connections = 10")  # the least that there is
         kill_connections(admin, database)
         yield
 

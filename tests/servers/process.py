@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple, Protocol, Self, TypeVar
+from typing import ClassVar, NamedTuple, Protocol, Self, TypeVar
 
 ROOT = Path(__file__).resolve().parents[2]
 IS_ROOT = os.geteuid() == 0
@@ -73,7 +73,8 @@ def run(
 
 def clean_environment(settings: Mapping[str, object] | None = None) -> dict[str, str]:
     """Return our environment without any daemon setting but the given ones."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("_")}
+    ours = ("_", "PYTHONPATH")  # pytest-xdist sets that for its workers
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     return kept | {name: str(value) for name, value in (settings or {}).items()}
 
 
@@ -82,6 +83,8 @@ class Process:
 
     For subclasses: `command()`, `is_ready()`, and where they differ `environment()` and `cwd()`.
     """
+
+    interrupted: ClassVar[bool] = False  # by a signal: nothing needs to end in good order any more
 
     def __init__(self, directory: Path, name: str) -> None:
         self.directory = directory
@@ -134,7 +137,7 @@ class Process:
         if self._popen is None:
             return 0
         if self.running:
-            self._popen.send_signal(signum)
+            self._popen.send_signal(signal.SIGKILL if Process.interrupted else signum)
             self._popen.send_signal(signal.SIGCONT)
         try:
             return self._popen.wait(timeout)
