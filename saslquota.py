@@ -2183,7 +2183,7 @@ class Outage:
                                        the log says so when the first charge has been decided
 
     begin() is called by the committer and the watchdog, close() by the main thread, the others by
-    the committer alone.
+    the committer alone. The watchdog sees only that the time is up: the committer may know why.
     """
 
     def __init__(self, consequence: str) -> None:
@@ -2192,25 +2192,29 @@ class Outage:
         self._is_final = False
         self.consequence = consequence  # for the log: what senders get
         self._reason = ""
-        self._logged_at: float | None = None  # monotonic seconds; None: the log knows of none
+        self._is_logged = self._is_cause_logged = False
+        self._next_reminder = 0.0  # monotonic seconds
         self._lock = threading.Lock()
 
-    def begin(self, error: StoreError) -> None:
-        """The store has failed."""
+    def begin(self, error: StoreError, *, is_cause: bool = True) -> None:
+        """The store has failed; what is known to be the cause is logged once more."""
         with self._lock:
             self.lasts = True
             self.retry_at = time.monotonic() + RECONNECT_INTERVAL
             self._reason = str(error)
+            if is_cause and not self._is_cause_logged:
+                self._next_reminder = 0.0
+                self._is_cause_logged = True
         self.remind()
 
     def remind(self) -> None:
         """Say in the log that it lasts: at once, and then every minute."""
         now = time.monotonic()
         with self._lock:
-            is_known = self._logged_at is not None and now - self._logged_at < REMINDER_INTERVAL
-            if not self._reason or is_known:
+            if not self._reason or now < self._next_reminder:
                 return
-            self._logged_at = now
+            self._next_reminder = now + REMINDER_INTERVAL
+            self._is_logged = True
             text = "database unavailable, %s (_onfailure) until it is back: %s"
             log.error(text, self.consequence, self._reason)
 
@@ -2227,8 +2231,9 @@ class Outage:
 
     def end(self) -> None:
         """A charge has been decided."""
-        if self._logged_at is not None and not self.lasts:
-            self._logged_at = None
+        if self._is_logged and not self.lasts:
+            self._is_logged = self._is_cause_logged = False
+            self._next_reminder = 0.0
             log.warning("sends are counted again")
 
 
@@ -2304,7 +2309,8 @@ class Watchdog(threading.Thread):
                 return
             self._charges.popleft()
             if pending.answer(None) and is_overdue:
-                self._outage.begin(TimedOut("timed out: no decision within _dbtimeout"))
+                timed_out = TimedOut("timed out: no decision within _dbtimeout")
+                self._outage.begin(timed_out, is_cause=False)
 
 
 class Committer(threading.Thread):
@@ -2608,7 +2614,7 @@ def valid_utf8(value: str) -> str:
 
 RECV_BYTES = 4096  # at a time; each waiting connection has that much at hand
 REPLY_CHECK = 1.0  # seconds of silence until a connection looks whether its reply was taken
-JUST_CONNECTED = 1.0  # seconds in which Postfix sends its first request; closed last to make room
+SILENCE = 0.25  # seconds; Postfix connects to ask, and does so within milliseconds
 
 
 class PolicyHandler(socketserver.BaseRequestHandler):
@@ -2618,8 +2624,8 @@ class PolicyHandler(socketserver.BaseRequestHandler):
     cost a lot (bench/README.md).
 
     state                           bounded by                         closed to make room
-    connected, has not asked yet    _bindtimeout from the connect      first, after JUST_CONNECTED
-    between requests                nothing: Postfix keeps it          the one idle longest
+    connected, has not asked yet    _bindtimeout from the connect      first, after SILENCE
+    between requests                nothing: Postfix keeps it          the one unused longest
     receiving a request             _bindtimeout from its first byte   no
     deciding                        _dbtimeout, by the watchdog        no
     reply not taken                 _bindtimeout                       no
@@ -2636,7 +2642,7 @@ class PolicyHandler(socketserver.BaseRequestHandler):
 
     def setup(self) -> None:
         self.number = next(self.numbers)
-        self._started = self._answered_at = time.monotonic()
+        self._started = self._last_used = time.monotonic()
         self._deadline: float | None = self._started + self.server.client_timeout
         self._message = Message()
         self._pending: PendingCharge | None = None  # the last request's, until its reply was seen
@@ -2754,19 +2760,19 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         self._unsent = reply[send_at_once(self.request, reply) :]
         self.server.log_decision(self.number, request, answer)
         self.has_asked = True
-        self._answered_at = time.monotonic()
+        self._last_used = time.monotonic()
         self._replying.release()
 
     def hang_up(self, how: int) -> None:
         with contextlib.suppress(OSError):
             self.request.shutdown(how)
 
-    def closing_order(self) -> tuple[bool, bool, float, int] | None:
+    def closing_order(self) -> tuple[bool, float, int] | None:
         """Of several connections the least is closed to make room; None: not this one."""
         if not self.between_requests or self._replying.locked() or self._unsent:
             return None
-        is_new = not self.has_asked and time.monotonic() - self._started < JUST_CONNECTED
-        return is_new, self.has_asked, self._answered_at, self.number
+        is_silent = not self.has_asked and time.monotonic() - self._started > SILENCE
+        return not is_silent, self._last_used, self.number
 
     def close_to_make_room(self) -> None:
         """End the connection, but not before a request that has arrived is answered: the thread

@@ -329,20 +329,22 @@ def test_nobody_waits_for_a_store_that_is_known_to_be_down(tmp_path: Path) -> No
 def test_an_outage_is_logged_at_once_and_every_minute(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However often the store fails meanwhile; its end once."""
+    """However often the store fails meanwhile; its end once. What the watchdog could not know, the
+    cause, is logged when it is known."""
     now = 1000.0
     monkeypatch.setattr(saslquota.log, "propagate", True)
     monkeypatch.setattr("saslquota.time.monotonic", lambda: now)
     outage = saslquota.Outage("mail passes uncounted")
-    for now in (1000.0, 1001.0, 1059.0, 1060.0, 1061.0):
-        outage.begin(Unavailable(f"reason {now}"))
+    for now in (1000.0, 1001.0, 1002.0, 1060.0, 1061.0, 1062.0):
+        outage.begin(Unavailable(f"reason {now}"), is_cause=now != 1000.0)
         outage.try_again()
         outage.remind()  # of nothing: it may be up
     outage.end()
     outage.end()
     assert [record.getMessage() for record in caplog.records] == [
         "database unavailable, mail passes uncounted (_onfailure) until it is back: reason 1000.0",
-        "database unavailable, mail passes uncounted (_onfailure) until it is back: reason 1060.0",
+        "database unavailable, mail passes uncounted (_onfailure) until it is back: reason 1001.0",
+        "database unavailable, mail passes uncounted (_onfailure) until it is back: reason 1061.0",
         "sends are counted again",
     ]
 
