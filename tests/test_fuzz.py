@@ -199,7 +199,7 @@ def assert_log(daemon: Daemon) -> None:
     log = daemon.output.read_bytes().decode("utf-8")
     assert "Traceback" not in log
     tag = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} postfix/saslquota\[\d+\]:"
-    started = r"(saslquota \d|counting in |rules in )"
+    started = r"(saslquota \d|counting in |rules in |logging to )"
     shape = re.compile(rf"{tag}.+|{started}")
     for logged in log.removesuffix("\n").split("\n"):
         assert shape.match(logged), logged
