@@ -4,7 +4,7 @@
 -- rows of an account by hand: docs/operation.md tells how to see the usage and to unblock a sender.
 
 CREATE TABLE IF NOT EXISTS sends (
-    account     VARCHAR(320) NOT NULL COMMENT 'the login in lower case, or POOL and a pool''s key',
+    account     VARCHAR(320) NOT NULL COMMENT 'the login, folded (docs/rules.md), or POOL and a pool''s key',
     seq         BIGINT       NOT NULL COMMENT '1, 2, 3 ... in each account',
     epoch       INT          NOT NULL COMMENT '1, until an administrator''s reset begins the next',
     at          DATETIME(6)  NOT NULL COMMENT 'UTC; never falls as seq rises',

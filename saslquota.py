@@ -7,12 +7,12 @@ SYNOPSIS
 
 DESCRIPTION
     saslquota answers Postfix's check_policy_service on submission and smtps. For each request it
-    takes sasl_username, picks a rule from quotarules.json (the full address, else a pattern for
-    addresses, else its domain, else a pattern for domains, else "default"), counts that sender's
-    sends within the rule's sliding periods in MySQL or in an embedded SQLite file, and answers
-    action=OK, or action=REJECT or action=DEFER with the rule's message. Rules for "@domain" and "*"
-    limit all senders of a domain, or of the service, together: a send is charged to its sender and
-    to these pools, or to none.
+    takes sasl_username, folds its spellings into one (fold()), picks a rule from quotarules.json
+    (the full address, else a pattern for addresses, else its domain, else a pattern for domains,
+    else "default"), counts that sender's sends within the rule's sliding periods in MySQL or in an
+    embedded SQLite file, and answers action=OK, or action=REJECT or action=DEFER with the rule's
+    message. Rules for "@domain" and "*" limit all senders of a domain, or of the service, together:
+    a send is charged to its sender and to these pools, or to none.
 
     -c FILE    the configuration (default: saslquota.json beside this script)
     --check    read configuration and rules, look at the store, print what was found and what each
@@ -88,6 +88,7 @@ HOW IT WORKS
 from __future__ import annotations
 
 import argparse
+import codecs
 import collections
 import contextlib
 import ctypes
@@ -125,7 +126,7 @@ from typing import Any, NamedTuple
 __version__ = "2.1.0"
 
 MAX_ACCOUNT = 320  # characters; the column's width: 64 of a local part, @, 255 of a domain
-POOL_PREFIX = "POOL "  # begins the account of a pool; logins are in lower case, none begins with it
+POOL_PREFIX = "POOL "  # begins the account of a pool; logins are folded, none begins with it
 CACHED_ACCOUNTS = 20_000  # remembered at most, some 4 KiB each
 WINDOW_CACHE_ROWS = 32  # the oldest entries of a window that are remembered, at most
 SEARCH_FANOUT = 16  # entries looked at in one step of a search
@@ -400,6 +401,64 @@ def parse_int(digits: str) -> float:
     return int(digits) if len(digits) < 20 else float(digits)
 
 
+# --- Logins ---------------------------------------------------------------------------------------
+
+# The characters that have no width, a property that Python does not know:
+# Default_Ignorable_Code_Point in Unicode's DerivedCoreProperties.txt (the same since version 14).
+IGNORABLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f"
+    "\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
+    "\U000e0000-\U000e0fff]"
+)
+NOT_IN_LABEL = re.compile("[@. ]|^xn--|^$")
+decode_punycode = codecs.getdecoder("punycode")  # loaded now: later no descriptor may be left
+
+
+def fold(login: str, domain: str = "") -> str:
+    """The account of a login, or the key of a rule: one spelling for all that a SASL server may
+    take as the same login. Folding twice is folding once.
+
+    A login without a domain gets `domain`. What nothing would be left of stays as it is, and so
+    does what is too long for an account: NFKC takes 6 s for 60,000 combining marks.
+    """
+    if len(login) > MAX_ACCOUNT:
+        return login
+    folded = login.lower() if login.isascii() else fold_characters(login)
+    folded = " ".join(folded.split()).rstrip("@ ")
+    if not folded:
+        return login.strip()
+    local, at, labels = folded.rpartition("@")
+    if domain and not at:
+        local, at, labels = labels, "@", domain
+    labels = labels.lstrip()
+    if "xn--" in labels:
+        labels = ".".join(map(decode_label, labels.split(".")))
+    return local.rstrip() + at + labels
+
+
+def fold_characters(text: str) -> str:
+    """Without the second NFKC, folding some texts again would give another one."""
+    visible = IGNORABLE.sub("", unicodedata.normalize("NFKC", text))
+    return unicodedata.normalize("NFKC", visible.casefold())
+
+
+def decode_label(label: str) -> str:
+    """A folded label of a domain as it is read: münchen for xn--mnchen-3ya. A label that is not
+    the encoding of a name stays as it is.
+
+    By the punycode codec: the idna codec raises on names that exist, such as xn--n3h.
+    """
+    if not label.startswith("xn--"):
+        return label
+    try:
+        decoded, _ = decode_punycode(label[4:].encode("ascii"))
+    except ValueError:  # a UnicodeError among them
+        return label
+    folded = fold_characters(decoded)
+    is_name = folded.isprintable() and not NOT_IN_LABEL.search(folded)
+    return folded if is_name and not decoded.isascii() else label
+
+
 # --- Config ---------------------------------------------------------------------------------------
 
 
@@ -458,6 +517,28 @@ def split_host(name: str, port: int) -> tuple[str, int] | None:
     return found[1] or found[2] or found[3], int(found[4] or port)
 
 
+def read_domain(value: Any) -> str:
+    """A domain, folded; or "" for none."""
+    written = read_text(value).strip()
+    label = r"[^\s@.*?\[\]]+"
+    domain = fold(written)
+    if not all(re.fullmatch(rf"(?:{label}(?:\.{label})*)?", name) for name in (written, domain)):
+        raise ValueError("a domain such as example.com, or empty")
+    return domain
+
+
+def read_flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
+
+
+def read_switch(value: Any) -> bool:
+    """True or false, as a string as well: the environment has nothing else."""
+    words = {"true": True, "false": False}
+    return read_flag(words.get(value.strip().casefold()) if isinstance(value, str) else value)
+
+
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
@@ -499,6 +580,8 @@ class Config:
     onfailure: str = setting("DEFER_IF_PERMIT", read_choice("DEFER_IF_PERMIT", "OK"))
     nosasl: str = setting("REJECT", read_choice("REJECT", "DUNNO"))  # without sasl_username
     okaction: str = setting("OK", read_choice("OK", "DUNNO"))  # for an accepted send
+    defaultdomain: str = setting("", read_domain)  # of logins without one
+    ignoredomain: bool = setting(False, read_switch)  # whether all logins are without one
     maxconnections: int = setting(2000, read_int(1, 100_000))
     allow: tuple[Network, ...] = setting((), read_networks)  # who may connect; () is everybody
     retentiondays: int = setting(30, read_int(1, 3650))
@@ -614,7 +697,7 @@ class Patterns:
         ]
 
     def select(self, name: str) -> Rule | None:
-        """The rule that matches a login or a domain in lower case."""
+        """The rule that matches a folded login or its domain."""
         return next((rule for match, rule in self._patterns if match(name)), None)
 
     def hidden(self) -> Iterator[tuple[str, str]]:
@@ -653,7 +736,7 @@ class Rules:
     """The rules of one quotarules.json."""
 
     def __init__(self, rules: Sequence[Rule]) -> None:
-        """Their keys are in lower case; "default" must be among them."""
+        """Their keys are folded; "default" must be among them."""
         self._rules = rules
         self._pools = {rule.key: rule for rule in rules if rule.is_pool}
         single = [rule for rule in rules if not rule.is_pool]
@@ -669,8 +752,8 @@ class Rules:
         return (self.select(login), *self.pools(login))
 
     def select(self, login: str) -> Rule:
-        """The rule of a login in lower case: that of its full address, of a pattern for addresses,
-        of its domain, of a pattern for domains, or the default."""
+        """The rule of a folded login: that of its full address, of a pattern for addresses, of its
+        domain, of a pattern for domains, or the default."""
         domain = login.rpartition("@")[2]
         return (
             self._exact.get(login)
@@ -681,7 +764,7 @@ class Rules:
         )
 
     def pools(self, login: str) -> tuple[Rule, ...]:
-        """The pools that a login in lower case belongs to: its domain's, then the whole service."""
+        """The pools that a folded login belongs to: its domain's, then the whole service."""
         _, at, domain = login.rpartition("@")
         keys = ("@" + domain, "*") if at else ("*",)
         return tuple(self._pools[key] for key in keys if key in self._pools)
@@ -744,12 +827,6 @@ def read_msg(value: Any) -> str:
     return msg
 
 
-def read_flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("true or false")
-    return value
-
-
 RULE_FIELDS: dict[str, Callable[[Any], Any]] = {
     "period": read_period,  # seconds
     "msgquota": read_msgquota,  # recipients or messages
@@ -784,20 +861,23 @@ def read_keys(found: Iterable[str], location: Location) -> dict[str, str]:
     ConfigError."""
     names: dict[str, str] = {}
     for name in found:
-        key = name.strip().lower()
+        key = fold(name)
         if key in names:
-            same = f"differs from {quoted(names[key])} only in case or spaces, remove one"
+            bare, other = ("".join(text.lower().split()) for text in (name, names[key]))
+            how = "case or spaces" if bare == other else "spelling"
+            same = f"differs from {quoted(names[key])} only in {how}, remove one"
             raise ConfigError(f"{location.of(name)}: {same}")
-        if error := key_error(key):
+        if error := key_error(name, key):
             raise ConfigError(f"{location.of(name)}: {error}")
         names[key] = name
     return names
 
 
-def key_error(key: str) -> str:
-    """Why no login can select a rule with this key, and what would be right; "" if one can."""
+def key_error(name: str, key: str) -> str:
+    """Why no login can select a rule of this name, and what would be right; "" if one can. `key` is
+    the name, folded."""
     local, _, domain = key.rpartition("@")
-    if not key or len(key) > MAX_ACCOUNT or UNPRINTABLE.search(key):
+    if not key or len(key) > MAX_ACCOUNT or UNPRINTABLE.search(name.strip()):
         return "not a usable key; must be an address, a domain, a pattern or a pool"
     if "**" in key:
         return "write one *, it matches any text"
@@ -807,8 +887,8 @@ def key_error(key: str) -> str:
             return f'{pool}; for each sender there by itself write "{domain}"'
         if local or not domain or len(POOL_PREFIX + key) > MAX_ACCOUNT:
             return pool
-    if "@" in key and re.search(r"\s", local[-1:] + domain):
-        return "no login has a space beside its @ or in its domain: remove it"
+    if "@" in key and " " in domain:
+        return "no login has a space in its domain: remove it"
     if ".." in domain or domain.startswith(".") or domain.endswith("."):
         subdomains = f'; for subdomains write "*{domain}"' if domain.startswith(".") else ""
         return f"no domain has a dot at its beginning or end, nor two in a row{subdomains}"
@@ -2532,6 +2612,8 @@ class Policy:
     def __init__(self, config: Config, rules: RulesFile) -> None:
         self._rules = rules
         self._accept = config.okaction
+        self._defaultdomain, self._ignoredomain = config.defaultdomain, config.ignoredomain
+        self._domain_part = config.defaultdomain and "@" + config.defaultdomain
         self._nosasl = "REJECT authentication required" if config.nosasl == "REJECT" else "DUNNO"
         passes = config.onfailure == "OK"
         self._fallback = "OK" if passes else f"DEFER_IF_PERMIT {self.UNAVAILABLE}"
@@ -2543,7 +2625,7 @@ class Policy:
     def charge(self, request: Request, message: Message) -> Charge | Answer:
         """What is to be charged for a request; or the answer, if nothing is. `message` is what the
         connection remembers."""
-        login = valid_utf8(request.sasl_username.strip().lower())  # Bob@x and `bob@x ` are one
+        login = self._account(valid_utf8(request.sasl_username))
         if answer := self._uncounted(request, login):
             return answer
         instance = valid_utf8(request.instance)[:MAX_INSTANCE]
@@ -2561,6 +2643,13 @@ class Policy:
             if not (rule.per_message and message.is_charged)
         ]
         return Charge(instance, tuple(debits))
+
+    def _account(self, login: str) -> str:
+        """The account of a login. It is longer than MAX_ACCOUNT if the login is too long."""
+        if self._ignoredomain and len(login) <= MAX_ACCOUNT:
+            user = login.rsplit("@", 1)[0]  # before folding: to libsasl only this is an @
+            login = user + self._domain_part if user.strip() else login
+        return fold(login, self._defaultdomain)
 
     def _uncounted(self, request: Request, login: str) -> Answer | None:
         """The answer to a request that no rule applies to."""

@@ -120,3 +120,22 @@ def test_a_bad_value_in_the_environment(tmp_path: Path, value: str) -> None:
 )
 def test_split_host(name: str, expected: tuple[str, int]) -> None:
     assert split_host(name, 3306) == expected
+
+
+@pytest.mark.parametrize(("value", "expected"), [("true", True), (" False ", False)])
+def test_a_switch_in_the_environment(tmp_path: Path, value: str, expected: bool) -> None:
+    path = written(tmp_path, _ignoredomain=not expected)
+    assert load_config(path, {"_ignoredomain": value}).ignoredomain is expected
+
+
+@pytest.mark.parametrize("value", ["yes", "1", ""])
+def test_a_bad_switch_in_the_environment(tmp_path: Path, value: str) -> None:
+    expected = "environment: _ignoredomain: must be true or false"
+    assert refusal(written(tmp_path), _ignoredomain=value) == expected
+
+
+@pytest.mark.parametrize("value", ["a＠b", "a b", "a．．b"])
+def test_a_default_domain_that_folds_to_none(tmp_path: Path, value: str) -> None:
+    assert "must be a domain such as example.com" in refusal(
+        written(tmp_path, _defaultdomain=value)
+    )

@@ -24,6 +24,7 @@ from saslquota import (
     MAX_REQUEST,
     ProtocolError,
     RequestStream,
+    fold,
 )
 
 LONG = "não " * 120  # bytes: 600, more than a reply takes
@@ -129,10 +130,11 @@ def expected_action(block: bytes) -> str:
         raise Malformed
     if found.get(b"protocol_state") not in COUNTED:
         return "DUNNO"
-    login = found.get(b"sasl_username", b"").decode("utf-8", "surrogateescape").strip().lower()
+    came = found.get(b"sasl_username", b"").decode("utf-8", "surrogateescape")
+    login = fold(came.encode("utf-8", "backslashreplace").decode())
     if not login:
         return "REJECT authentication required"
-    if len(login.encode("utf-8", "backslashreplace").decode()) > MAX_ACCOUNT:
+    if len(login) > MAX_ACCOUNT:
         return "REJECT login name too long"
     return REFUSED if login == OVER else "OK"
 

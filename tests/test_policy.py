@@ -20,6 +20,8 @@ from saslquota import (
     Request,
     RulesFile,
     SQLiteStore,
+    fold,
+    fold_characters,
     format_time,
     format_wait,
     verdict_line,
@@ -204,6 +206,10 @@ def test_the_count_outlives_the_daemon(make: Make) -> None:
         pytest.param("x" * 320, "x" * 320, id="longest"),
         pytest.param("é" * 320, "é" * 320, id="longest-not-ascii"),
         pytest.param("a\0b\r\x1f", "a\0b", id="control"),
+        pytest.param("ＢＯＢ ＠\u200bexample.com@", "bob@example.com", id="another-spelling"),
+        pytest.param("bob@xn--mnchen-3ya.de", "bob@münchen.de", id="encoded-domain"),
+        pytest.param("@", "@", id="nothing-would-be-left"),
+        pytest.param("😀" * 320, "😀" * 320, id="longest-in-bytes"),
         pytest.param("jo\udce3o@example.com", "jo\\udce3o@example.com", id="latin-1"),
     ],
 )
@@ -215,11 +221,99 @@ def test_the_account(
 
 
 @pytest.mark.parametrize(
+    ("defaultdomain", "ignoredomain", "accounts"),
+    [
+        (
+            "example.com",
+            False,
+            {
+                "alice@example.com": ["alice", "Alice@", "alice @EXAMPLE.com", "\u200balice"],
+                "alice@vip.example": ["alice@vip.example", "alice＠vip.example"],
+                "xn--mnchen-3ya@example.com": ["xn--mnchen-3ya", "XN--mnchen-3ya@example.com"],
+                "@": ["@", " @ "],
+                "\u200b": ["\u200b"],
+            },
+        ),
+        ("xn--mnchen-3ya.de", False, {"alice@münchen.de": ["alice", "alice@münchen.de"]}),
+        (
+            "",
+            True,
+            {
+                "alice": ["alice", "ALICE@1", "alice @2", "alice@x＠vip.example", "alice@"],
+                "alice@b": ["alice@b@c", "alice＠b", "alice＠b@vip.example"],
+                "@x": ["@x", " @X"],
+                "x" * 320: ["x" * 320],
+            },
+        ),
+        (
+            "example.com",
+            True,
+            {
+                "alice@example.com": ["alice", "alice@1", "Alice@vip.example", "alice@x＠vip"],
+                "alice@b@example.com": ["alice@b@c", "alice＠b", "alice＠b@vip.example"],
+                "@x": ["@x"],
+                "@": ["@"],
+            },
+        ),
+    ],
+    ids=["default", "default-encoded", "ignore", "both"],
+)
+def test_the_domain_of_a_login(
+    make: Make,
+    rows: Callable[[str], list[Any]],
+    defaultdomain: str,
+    ignoredomain: bool,
+    accounts: dict[str, list[str]],
+) -> None:
+    policy = make(defaultdomain=fold(defaultdomain), ignoredomain=ignoredomain)
+    for logins in accounts.values():
+        assert [used(check(policy, request(login))) for login in logins] == [
+            *range(1, len(logins) + 1)
+        ]
+    assert {account for (account,) in rows("account")} == set(accounts)
+
+
+@pytest.mark.parametrize("ignoredomain", [False, True])
+@pytest.mark.parametrize("login", ["", " ", "\t"])
+def test_no_login_has_no_domain(make: Make, ignoredomain: bool, login: str) -> None:
+    policy = make(defaultdomain="example.com", ignoredomain=ignoredomain, nosasl="DUNNO")
+    assert check(policy, request(login)).action == "DUNNO"
+
+
+def test_a_login_that_is_too_long_with_its_domain(make: Make) -> None:
+    policy = make(defaultdomain="example.com")
+    assert check(policy, request("x" * 308)).action == "OK"
+    assert check(policy, request("x" * 309)).action == "REJECT login name too long"
+
+
+@pytest.mark.parametrize("ignoredomain", [False, True])
+def test_what_is_too_long_is_not_cut(make: Make, ignoredomain: bool) -> None:
+    policy = make(ignoredomain=ignoredomain)
+    assert check(policy, request("x@" + "y" * 319)).action == "REJECT login name too long"
+
+
+def test_no_login_chooses_a_rule_by_a_domain_that_is_ignored(make: Make) -> None:
+    policy = make(defaultdomain="small.example", ignoredomain=True)
+    answers = [check(policy, request(f"a@{domain}")) for domain in ("x", "none.example")]
+    assert [answer.action for answer in answers] == ["OK", "REJECT one is enough"]
+
+
+def test_the_log_shows_the_login_as_it_came(policy: Decider) -> None:
+    asked = request("ＢＯＢ@XN--mnchen-3ya.de")
+    assert verdict_line(asked, check(policy, asked)).startswith(
+        "sasl_username=ＢＯＢ@XN--mnchen-3ya.de, rcpt="
+    )
+
+
+@pytest.mark.parametrize(
     "login",
     [
         pytest.param("x" * 321, id="ascii"),
         pytest.param("é" * 321, id="not-ascii"),
         pytest.param("İ" * 200, id="longer-in-lower-case"),
+        pytest.param("ﷺ" * 18, id="longer-when-folded"),
+        pytest.param(" " * 318 + "bob", id="spaces"),
+        pytest.param("bob" + "\u0338" * 60_000, id="combining-marks"),
         pytest.param("\udcff" * 320, id="not-utf-8"),
         pytest.param("x" * 60_000, id="endless"),
     ],
@@ -453,7 +547,7 @@ def test_no_login_is_a_pool(make: Make, rows: Rows) -> None:
     assert check(policy, request("POOL *")).action == "OK"
     assert rows("account") == [("POOL *",), ("pool *",)]
     every = "".join(map(chr, range(0x110000)))
-    assert not set("POL") & set(every.lower())
+    assert not set("POL") & set(fold_characters(every))
 
 
 def test_the_shown_window_is_the_fullest(make: Make) -> None:
@@ -470,7 +564,7 @@ def test_the_shown_window_is_the_fullest(make: Make) -> None:
 def test_placeholders(make: Make) -> None:
     msg = "{{{sasl_username}}} {rule} {used}/{msgquota} {period} {retry_after}"
     policy = make({"default": {"period": "90m", "msgquota": 0, "msg": msg}})
-    answer = check(policy, request("Bob\r\x7f@x.org"))
+    answer = check(policy, request("Bob\x01\x7f@x.org"))
     assert answer.action == "REJECT {bob??@x.org} default 0/0 1h30m never"
     assert verdict_line(request(), answer).endswith(", msg={bob??@x.org} default 0/0 1h30m never")
 

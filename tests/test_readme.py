@@ -27,7 +27,7 @@ from helpers import require
 from servers.daemon import Daemon, PolicyClient, copy_shipped
 from servers.mariadb import Database, MariaDB, session
 from servers.ports import LOOPBACK, free_port, is_listening
-from servers.postfix import Postfix
+from servers.postfix import Postfix, any_certificate, is_accepted
 from servers.process import ROOT, Process, clean_environment, run, wait_for
 
 from saslquota import Config, load_config, load_rules
@@ -269,6 +269,7 @@ def test_each_default_is_the_documented_one(tmp_path: Path) -> None:
         ("_onfailure", ["DEFER_IF_PERMIT", "OK"]),
         ("_nosasl", ["REJECT", "DUNNO"]),
         ("_okaction", ["OK", "DUNNO"]),
+        ("_ignoredomain", ["true"]),
         ("_allow", ["127.0.0.0/8, 192.0.2.7"]),
         ("_dbtimeout", ["2", "60"]),
         ("_bind", ["unix:/path"]),
@@ -615,6 +616,7 @@ REFUSAL = block(README, "saslquota", "")
 UNCOMMENT = block(INSTALL, "Postfix: submission", "sh")
 PER_MESSAGE = block(INSTALL, "Recipients or messages", "sh")
 OTHER_MASTER = block(INSTALL, "Other mail systems", "sh")
+PORT_25 = block(INSTALL, "Port 25", "sh")
 BYPASS = block(OPERATION, "At 3 a.m.", "sh", "saslquota ='")
 
 
@@ -761,6 +763,36 @@ def test_on_port_25_nobody_could_deliver(daemon: START, postfix: Callable[..., P
         session.sendmail("a@example.net", ["b@example.com"], "Subject: x\n\n")
     assert "authentication required" in str(refused.value)
     assert "`authentication required`" in DOCUMENTS[README]
+
+
+def test_port_25(daemon: START, new_directory: Callable[[], Path]) -> None:
+    """A sender who is refused sends on there, until its entry says no."""
+    require("postfix", "postconf", "saslpasswd2", "openssl", root=True)
+    rules = {"default": {"period": 3600, "msgquota": 1}}
+    policy = f"check_policy_service inet:{LOOPBACK}:{daemon(rules=rules).port}"
+    main = {"smtpd_sasl_auth_enable": "yes", "smtpd_tls_security_level": "may"}
+    instance = Postfix(new_directory(), policy, main)
+    port_25 = free_port()
+    entry = f"{LOOPBACK}:{port_25}"
+    instance.postconf("-M", f"{entry}/inet={entry} inet n - y - - smtpd")
+
+    def passes(port: int) -> bool:
+        with smtplib.SMTP(LOOPBACK, port, timeout=30) as client:
+            client.starttls(context=any_certificate())
+            client.ehlo()
+            if not client.has_extn("auth"):
+                return False
+            client.login("alice@example.com", Postfix.PASSWORD)
+            return is_accepted(client)
+
+    with instance:
+        assert [passes(instance.port) for _ in range(2)] == [True, False]
+        assert passes(port_25)
+        postconf(PORT_25.replace("smtp/", f"{entry}/"), instance.config)
+        shell(RELOAD, ("postfix ", f"postfix -c {instance.config} "))
+        wait_for(lambda: not passes(port_25), 20, "Postfix has read it")
+        with instance.login():  # still
+            pass
 
 
 OTHER_SYSTEMS = re.findall(

@@ -31,6 +31,7 @@ INEXPRESSIBLE: Mapping[str, Mapping[str, str]] = {
         "duplicate-field-of-a-window": TWICE,
         "duplicate-but-for-case": CASE,
         "duplicate-but-for-spaces": CASE,
+        "duplicate-but-for-spelling": CASE,
         "duplicate-pattern-but-for-case": CASE,
         "duplicate-pool-but-for-case": CASE,
         "count-not-the-same": COMPARED,

@@ -99,7 +99,18 @@ def test_what_is_appended_is_read_back(new_store: OpenStore) -> None:
 
 @pytest.mark.parametrize(
     "account",
-    ["joão@exemplo.br", "😀@x", "o'neil\\@x", 'a"b', "a%sb?", "a\x00b", "é", "x" * 320, "\\udcff"],
+    [
+        "joão@exemplo.br",
+        "😀@x",
+        "o'neil\\@x",
+        'a"b',
+        "a%sb?",
+        "a\x00b",
+        "é",
+        "x" * 320,
+        "😀" * 320,
+        "\\udcff",
+    ],
 )
 def test_accounts_are_kept_to_the_letter(new_store: OpenStore, account: str) -> None:
     store = new_store()
