@@ -240,6 +240,23 @@ def test_an_idle_account_comes_back(fleet: StartFleet) -> None:
     assert one.rows()[-1].at == START + one.world.now
 
 
+def test_what_had_left_a_window_is_in_it_again(fleet: StartFleet) -> None:
+    """A step back gives nobody a further quota, whatever a daemon remembers."""
+    one, ten = fleet(), (Window(HOUR, 10),)
+    assert one.send("a", ten, 9)
+    one.world.now += HOUR // 2 * SECOND
+    assert one.send("a", ten)
+    one.world.now += (HOUR // 2 + 60) * SECOND
+    assert not one.send("a", ten, 10)  # for the one that is half an hour old
+    one.stores[0].skew = -HOUR // 4 * SECOND
+    one.world.now += 2 * SECOND
+    for _ in range(2):
+        assert not one.send("a", ten)
+        one.ledgers[0] = one.ledger(one.stores[0])
+    one.world.now += HOUR // 4 * SECOND
+    assert [one.send("a", ten, n) for n in (9, 1)] == [True, False]
+
+
 def test_the_next_database_is_behind(fleet: StartFleet) -> None:
     """The first of two hosts, 40 s ahead, dies."""
     one = fleet()
@@ -621,7 +638,8 @@ class SharedRun:
 
     def jump(self, daemon: int, microseconds: int) -> None:
         self.fleet.stores[daemon].skew += microseconds
-        self.reality.favour()
+        if microseconds > 0:
+            self.reality.favour()
 
     def put_right(self, daemon: int, _: None) -> None:
         self.jump(daemon, -self.fleet.stores[daemon].skew)
