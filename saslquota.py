@@ -1519,6 +1519,7 @@ class Clock:
         self._read_at = 0  # monotonic, as in the next
         self._stepped_at = 0
         self._is_trusted = False  # whether the last reading is this connection's
+        self._skew_warnings = RateLimit(SKEW_INTERVAL)
 
     def distrust(self) -> None:
         """The next reading comes from another connection."""
@@ -1559,6 +1560,14 @@ class Clock:
         """An entry has this time."""
         self._fastest_offset = max(self._fastest_offset, at - self._ticks())
 
+    def note_ahead(self, entry: StoredEntry) -> None:
+        """An entry is dated ahead; if by much, it is an error in the log."""
+        self.note(entry.at)
+        ahead = entry.at - self._last
+        if ahead > MAX_CLOCK_SKEW and self._skew_warnings.allows():
+            text = "account %s: a send is dated %.0f s ahead of the clock"
+            log.error(text, entry.account, ahead / 1e6)
+
     def now(self) -> Now:
         ticks = self._ticks()
         clock = ticks + self._offset
@@ -1588,6 +1597,7 @@ class WindowCache:
         self.capacity = capacity
 
     def forget(self) -> None:
+        """The store must tell."""
         self.rows.clear()
         self.gone = 0
         self.complete = False
@@ -1734,7 +1744,6 @@ class Accounts:
         self._store = store
         self._clock = clock
         self._monotonic = monotonic
-        self._skew_warnings = RateLimit(SKEW_INTERVAL)
         self._cache: collections.OrderedDict[str, CachedAccount] = collections.OrderedDict()
         # seq and ahead_until of accounts that are ahead, for when the rest has been forgotten
         self._ahead: collections.OrderedDict[str, tuple[int, int]] = collections.OrderedDict()
@@ -1830,11 +1839,8 @@ class Accounts:
                     account.ahead_until = max(account.ahead_until, ahead_until)
             account.read_at = self._monotonic()
             self._cache[name] = account
-            if account.at > now.fastest:
-                self._clock.note(account.at)
-            if account.at > now.clock + MAX_CLOCK_SKEW and self._skew_warnings.allows():
-                ahead = (account.at - now.clock) / 1e6
-                log.error("account %s: a send is dated %.0f s ahead of the clock", name, ahead)
+            if account.at > now.clock:
+                self._clock.note_ahead(head)
         return heads
 
     def _fill(

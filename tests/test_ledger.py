@@ -167,6 +167,11 @@ def test_the_memory_is_bounded(fleet: StartFleet, monkeypatch: pytest.MonkeyPatc
         assert all(one.send(f"user{n}", windows) for n in range(30))
     assert not any(one.send(f"user{n}", windows) for n in range(30))
     assert len(one.ledgers[0]._accounts) == 10
+    one.stores[0].skew = -DAY * SECOND
+    one.world.now += 2 * SECOND
+    for _ in range(2):
+        assert not any(one.send(f"user{n}", windows) for n in range(30))
+        assert len(one.ledgers[0]._accounts._ahead) <= 10
 
 
 def test_the_deadline_ends_the_attempts(fleet: StartFleet, monkeypatch: pytest.MonkeyPatch) -> None:
