@@ -224,6 +224,18 @@ def test_an_account_stays_on_the_fast_clock_until_its_windows_are_empty(fleet: S
     assert [two.send("a", FIVE) for _ in range(6)] == [True] * 5 + [False]
 
 
+def test_an_account_that_does_not_try_while_it_is_ahead(fleet: StartFleet) -> None:
+    """A step back is noticed for all that are remembered."""
+    one = fleet()
+    one.stores[0].skew = 1800 * SECOND
+    assert all(one.send("a", FIVE) for _ in range(5))
+    one.stores[0].skew = 0
+    one.world.now += 2 * SECOND
+    assert one.send("b", FIVE)
+    one.world.now += HOUR * SECOND
+    assert [one.send("a", FIVE) for _ in range(6)] == [True] * 5 + [False]
+
+
 def test_an_idle_account_comes_back(fleet: StartFleet) -> None:
     one = fleet()
     one.stores[0].skew = DAY * SECOND
