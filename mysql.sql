@@ -7,7 +7,7 @@ CREATE TABLE IF NOT EXISTS sends (
     account     VARCHAR(320) NOT NULL COMMENT 'the login, folded (docs/rules.md), or POOL and a pool''s key',
     seq         BIGINT       NOT NULL COMMENT '1, 2, 3 ... in each account',
     epoch       INT          NOT NULL COMMENT '1, until an administrator''s reset begins the next',
-    at          DATETIME(6)  NOT NULL COMMENT 'UTC; never falls as seq rises',
+    at          DATETIME(6)  NOT NULL COMMENT 'UTC; never falls as seq rises in an epoch',
     recipients  INT          NOT NULL COMMENT 'what this send cost; 0 for a reset',
     total       BIGINT       NOT NULL COMMENT 'sum of recipients in this epoch, this row included',
     instance    VARCHAR(64)  NOT NULL COMMENT 'Postfix''s instance attribute',

@@ -1154,6 +1154,11 @@ class Store:
         """The database's time in microseconds since 1970, UTC."""
         raise NotImplementedError
 
+    def newest_at(self) -> int:
+        """The latest time of all entries, in microseconds since 1970, UTC; 0 if there are none."""
+        rows = self._run(f"SELECT {self.SELECT_AT} FROM sends ORDER BY at DESC LIMIT 1")
+        return int(rows[0][0]) if rows else 0
+
     def _run(self, sql: str, values: Sequence[int | str] = ()) -> list[Any]:
         """Run a statement with a value for each `?`; return its rows."""
         began = time.monotonic()
@@ -1579,7 +1584,10 @@ class MySQLStore(Store):
 # --- Accounts -------------------------------------------------------------------------------------
 
 FRESHNESS = 1.0  # seconds until the database's clock, or the reason of a refusal, is read again
-MAX_CLOCK_SKEW = 60_000_000  # microseconds; an entry dated further ahead is an error in the log
+CLOCK_TOLERANCE = 1_000_000  # microseconds that the clock may be behind and is waited for
+MAX_CLOCK_SKEW = 60_000_000  # microseconds; a step, or an entry dated ahead, of more is an error
+CLOCK_PROBATION = 3600.0  # seconds without a step after which a purge believes the clock
+SKEW_INTERVAL = 3600.0  # seconds between two log lines about entries dated ahead
 LEAST_ROWS = 4  # remembered of each window, however many windows an account has
 
 
@@ -1597,29 +1605,93 @@ def lock_order(account: str) -> tuple[bool, str]:
     return account.startswith(POOL_PREFIX), account
 
 
+class Now(NamedTuple):
+    """A moment, in microseconds since 1970, UTC."""
+
+    clock: int  # the database's
+    fastest: int  # of the fastest clock that is known to have dated an entry, at least `clock`
+
+
 class Clock:
-    """The database's clock in microseconds, carried on by the monotonic one; it never goes back."""
+    """The database's clock, carried on by the monotonic one.
 
-    def __init__(self, monotonic: Callable[[], float]) -> None:
+    A reading that is a little behind is waited for: the clock runs a tenth slower until then. One
+    that is further behind is taken, as a reading ahead is.
+
+    Beside it is the fastest clock that is known to have dated an entry. It is carried on in the
+    same way, and never goes back. CachedAccount.time() tells what it is for.
+    """
+
+    def __init__(self, store: Store, monotonic: Callable[[], float]) -> None:
+        self._store = store
         self._monotonic = monotonic
+        # All in microseconds; the first two are what the monotonic clock lacks.
         self._offset = 0
-        self._read_at = -math.inf  # monotonic seconds
-        self._last = 0
-
-    def set(self, now: int) -> None:
-        self._read_at = self._monotonic()
-        self._offset = now - int(self._read_at * 1e6)
+        self._fastest_offset = 0
+        self._last = 0  # the time that was given last, until the clock goes back
+        self._lag = 0  # how far the last reading was behind it
+        self._read_at = 0  # monotonic, as in the next
+        self._stepped_at = 0
+        self._is_trusted = False  # whether the last reading is this connection's
+        self._skew_warnings = RateLimit(SKEW_INTERVAL)
 
     def distrust(self) -> None:
         """The next reading comes from another connection."""
-        self._read_at = -math.inf
+        self._is_trusted = False
 
     def is_fresh(self) -> bool:
-        return self._monotonic() - self._read_at <= FRESHNESS
+        return self._is_trusted and self._ticks() - self._read_at <= FRESHNESS * 1e6
 
-    def now(self) -> int:
-        self._last = max(self._last, int(self._monotonic() * 1e6) + self._offset)
-        return self._last
+    def is_steady(self) -> bool:
+        """Whether it is long since the first reading, and since one that was far off."""
+        return self._ticks() - self._stepped_at >= CLOCK_PROBATION * 1e6
+
+    def read(self) -> bool:
+        """Read the database's clock. True when it has gone back."""
+        if not self._is_trusted:
+            self.note(self._store.newest_at())
+        began = self._ticks()
+        reading = self._store.now()
+        ended = self._ticks()
+        is_first = not self._last
+        carried = reading if is_first else self.now().clock
+        behind = carried - reading
+        has_gone_back = behind > CLOCK_TOLERANCE + ended - began
+        if has_gone_back:
+            self.note(carried)
+            if behind > MAX_CLOCK_SKEW:
+                log.error("clock went back by %.0f s", behind / 1e6)
+        if is_first or abs(behind) > MAX_CLOCK_SKEW:
+            self._stepped_at = ended
+        self._last = reading if has_gone_back else max(carried, reading)
+        self._lag = self._last - reading
+        self._offset = reading - ended
+        self._read_at = ended
+        self._is_trusted = True
+        return has_gone_back
+
+    def note(self, at: int) -> None:
+        """An entry has this time."""
+        self._fastest_offset = max(self._fastest_offset, at - self._ticks())
+
+    def note_ahead(self, entry: StoredEntry) -> None:
+        """An entry is dated ahead; if by much, it is an error in the log."""
+        self.note(entry.at)
+        ahead = entry.at - self._last
+        if ahead > MAX_CLOCK_SKEW and self._skew_warnings.allows():
+            text = "account %s: a send is dated %.0f s ahead of the clock"
+            log.error(text, entry.account, ahead / 1e6)
+
+    def now(self) -> Now:
+        ticks = self._ticks()
+        clock = ticks + self._offset
+        if self._lag:
+            clock += max(0, self._lag - (ticks - self._read_at) // 10)
+        clock = self._last = max(self._last, clock)
+        return Now(clock, max(clock, ticks + self._fastest_offset))
+
+    def _ticks(self) -> int:
+        return round(self._monotonic() * 1e6)
 
 
 class WindowCache:
@@ -1637,6 +1709,12 @@ class WindowCache:
         self.gone = kept[0].seq - 1 if kept else head
         self.complete = not kept or kept[-1].seq == head
         self.capacity = capacity
+
+    def forget(self) -> None:
+        """The store must tell."""
+        self.rows.clear()
+        self.gone = 0
+        self.complete = False
 
     def base(self, start: int, total: int) -> int | None:
         """The total before the oldest entry at or after `start`; None when the store must tell."""
@@ -1666,18 +1744,37 @@ class CachedAccount:
     """What is remembered of one account. Exact until another daemon appends to it, which makes our
     own INSERT collide."""
 
-    __slots__ = ("at", "epoch", "name", "read_at", "seq", "total", "windows")
+    __slots__ = ("ahead_until", "at", "epoch", "name", "read_at", "seq", "total", "windows")
 
     def __init__(self, head: StoredEntry) -> None:
         self.name, self.seq, self.epoch, self.at, _, self.total = head
+        self.ahead_until = self.at  # of the database's clock, in microseconds; see time()
         self.read_at = 0.0  # monotonic seconds; when the head was
         self.windows: dict[int, WindowCache] = {}  # by period
 
-    def time(self, now: int) -> int:
-        """The account's time: along its chain time never falls."""
-        return now if now > self.at else self.at
+    def time(self, now: Now) -> int:
+        """The account's time: along its chain it never falls.
 
-    def used(self, period: int, now: int) -> int | None:
+        It is the database's. But when that is before the account's newest entry, it is the fastest
+        clock's, on which entries leave their windows as they should; and so it stays until on the
+        database's, too, all have left.
+        """
+        if now.clock >= self.ahead_until:
+            return now.clock
+        self._stay_ahead()
+        return max(self.at, now.fastest)
+
+    def _stay_ahead(self) -> None:
+        longest = max(self.windows, default=0)
+        self.ahead_until = max(self.ahead_until, self.at + longest * 1_000_000 + 1)
+
+    def clock_went_back(self, now: Now) -> None:
+        """What had left a window may be in it again."""
+        self.time(now)
+        for window in self.windows.values():
+            window.forget()
+
+    def used(self, period: int, now: Now) -> int | None:
         """Recipients in the period that ends now; None when the store must be asked."""
         window = self.windows.get(period)
         if window is None:
@@ -1685,8 +1782,10 @@ class CachedAccount:
         base = window.base(self.time(now) - period * 1_000_000, self.total)
         return None if base is None else self.total - base
 
-    def append(self, recipients: int, instance: str, now: int, token: int) -> Entry:
-        self.at = self.time(now)
+    def append(self, recipients: int, instance: str, now: Now, token: int) -> Entry:
+        self.at = self.ahead_until = self.time(now)
+        if self.at > now.clock:
+            self._stay_ahead()
         for window in self.windows.values():
             window.append(self.at, self.total)
         self.seq, self.total = self.seq + 1, self.total + recipients
@@ -1708,7 +1807,7 @@ class Search(NamedTuple):
 
     def is_at_or_after(self, entry: StoredEntry) -> bool:
         """Whether it is this entry or a later one. Along an account's chain that is no, no ... yes,
-        yes: neither epoch nor time ever falls, and in an epoch neither does the total."""
+        yes: the epoch never falls, and in an epoch neither time nor total does."""
         return (
             entry.epoch == self.account.epoch
             and entry.at >= self.start
@@ -1755,12 +1854,13 @@ class Accounts:
     number, SEARCH_FANOUT at a time.
     """
 
-    def __init__(self, store: Store, monotonic: Callable[[], float]) -> None:
+    def __init__(self, store: Store, clock: Clock, monotonic: Callable[[], float]) -> None:
         self._store = store
+        self._clock = clock
         self._monotonic = monotonic
-        self._clock = Clock(monotonic)
-        self._skew_warnings = RateLimit(REMINDER_INTERVAL)
         self._cache: collections.OrderedDict[str, CachedAccount] = collections.OrderedDict()
+        # seq and ahead_until of accounts that are ahead, for when the rest has been forgotten
+        self._ahead: collections.OrderedDict[str, tuple[int, int]] = collections.OrderedDict()
 
     def __getitem__(self, name: str) -> CachedAccount:
         """An account that refresh() was asked for."""
@@ -1775,11 +1875,18 @@ class Accounts:
         self._cache.clear()
         self._clock.distrust()
 
-    def refresh(self, debits: Sequence[Debit], *, take_locks: bool) -> int:
-        """Read what a decision upon these debits lacks; return its now, in microseconds."""
-        if take_locks or not self._clock.is_fresh():
-            self._clock.set(self._store.now())
+    def read_clock(self) -> Now:
+        has_gone_back = self._clock.read()
         now = self._clock.now()
+        if has_gone_back:
+            for account in self._cache.values():
+                account.clock_went_back(now)
+        return now
+
+    def refresh(self, debits: Sequence[Debit], *, take_locks: bool) -> Now:
+        """Read what a decision upon these debits lacks; return its now."""
+        is_fresh = self._clock.is_fresh() and not take_locks
+        now = self._clock.now() if is_fresh else self.read_clock()
         stale, spent = self._lacking(debits, now)
         if spent:
             self._fill([debit for debit in debits if debit.account in spent], now, {})
@@ -1789,11 +1896,12 @@ class Accounts:
         if stale:
             heads = self._read_heads(sorted(stale, key=lock_order), now, take_locks=take_locks)
             self._fill([debit for debit in debits if debit.account in stale], now, heads)
-        while len(self._cache) > CACHED_ACCOUNTS:
-            self._cache.popitem(last=False)
+        for found in (self._cache, self._ahead):
+            while len(found) > CACHED_ACCOUNTS:
+                found.popitem(last=False)
         return now
 
-    def _lacking(self, debits: Sequence[Debit], now: int) -> tuple[set[str], set[str]]:
+    def _lacking(self, debits: Sequence[Debit], now: Now) -> tuple[set[str], set[str]]:
         """The accounts of which the head must be read: those unknown, or about to refuse on a head
         read longer than FRESHNESS ago; and those of which a window is not known."""
         stale: set[str] = set()
@@ -1806,6 +1914,8 @@ class Accounts:
                 stale.add(debit.account)
                 continue
             self._cache.move_to_end(debit.account)
+            if account.ahead_until > now.clock:
+                self._ahead[account.name] = account.seq, account.ahead_until
             if len(account.windows) > len(debit.windows):
                 self._drop_unused(account, debits)
             more = wanted[debit.account] = wanted.get(debit.account, 0) + debit.recipients
@@ -1825,7 +1935,7 @@ class Accounts:
         account.windows = {p: window for p, window in account.windows.items() if p in used}
 
     def _read_heads(
-        self, names: Sequence[str], now: int, *, take_locks: bool
+        self, names: Sequence[str], now: Now, *, take_locks: bool
     ) -> Mapping[str, list[StoredEntry]]:
         """Read the heads of accounts; return their newest entries. What is remembered of an account
         stays right as long as its head is the same: rows are only ever appended."""
@@ -1835,15 +1945,17 @@ class Accounts:
             account = self._cache.pop(name, None)  # the newest are at the end
             if account is None or account.seq != head.seq:
                 account = CachedAccount(head)
+                seq, ahead_until = self._ahead.get(name, (0, 0))
+                if seq == head.seq:
+                    account.ahead_until = max(account.ahead_until, ahead_until)
             account.read_at = self._monotonic()
             self._cache[name] = account
-            if account.at > now + MAX_CLOCK_SKEW and self._skew_warnings.allows():
-                ahead = (account.at - now) / 1e6
-                log.error("account %s: a send is dated %.0f s ahead of the clock", name, ahead)
+            if account.at > now.clock:
+                self._clock.note_ahead(head)
         return heads
 
     def _fill(
-        self, debits: Sequence[Debit], now: int, heads: Mapping[str, Sequence[StoredEntry]]
+        self, debits: Sequence[Debit], now: Now, heads: Mapping[str, Sequence[StoredEntry]]
     ) -> None:
         """Find the oldest entries of the windows of which none is remembered any more, or yet."""
         searches = []
@@ -1878,8 +1990,9 @@ class Accounts:
         found = chains(self._store.entries_after([(s.account.name, s.low) for s in searches]))
         return [(s, list(filter(s.is_at_or_after, found[s.account.name]))) for s in searches]
 
-    def when_total_reached(self, name: str, period: int, total: int, now: int) -> int:
-        """When the account's total came to this much within the period, in microseconds."""
+    def when_total_reached(self, name: str, period: int, total: int, now: Now) -> int:
+        """When the account's total came to this much within the period, in microseconds of the
+        account's time."""
         account = self._cache[name]
         window = account.windows[period]
         at = window.reached(total)
@@ -1969,9 +2082,9 @@ class Decision:
     """Decides charges one after the other, upon accounts that are as they were at one moment, and
     gathers the entries of those that are accepted. A pool gets one entry for all of them."""
 
-    def __init__(self, accounts: Accounts, now: int, monotonic: Callable[[], float]) -> None:
+    def __init__(self, accounts: Accounts, now: Now, monotonic: Callable[[], float]) -> None:
         self._accounts = accounts
-        self._now = now  # microseconds, the database's
+        self._now = now
         self._monotonic = monotonic
         self._token = random.getrandbits(63)
         self._entries: list[Entry] = []
@@ -2023,12 +2136,12 @@ class Decision:
         monotonic seconds. Looked up only when somebody is to be told."""
         if len(over) == 1 and "{retry_after}" not in over[0].window.msg:
             return over[0], None
-        moments = [self._when_it_fits(usage) for usage in over]
-        last = max(moments)
-        return over[moments.index(last)], self._monotonic() + (last - self._now) / 1e6
+        waits = [self._wait_until_it_fits(usage) for usage in over]
+        longest = max(waits)
+        return over[waits.index(longest)], self._monotonic() + longest / 1e6
 
-    def _when_it_fits(self, usage: Usage) -> float:
-        """When enough entries have left the window, in microseconds of the database's clock."""
+    def _wait_until_it_fits(self, usage: Usage) -> float:
+        """How long it takes until enough entries have left the window, in microseconds."""
         account, recipients, _ = usage.debit
         period, msgquota = usage.window.period, usage.window.msgquota
         if recipients > msgquota:
@@ -2036,7 +2149,7 @@ class Decision:
         # All entries up to the first at which the total comes to this must leave.
         total = usage.total + recipients - int(msgquota)
         at = self._accounts.when_total_reached(account, period, total, self._now)
-        return at + period * 1_000_000 + 1
+        return at + period * 1_000_000 + 1 - self._accounts[account].time(self._now)
 
     def _refusal_holds_until(self, usage: Usage) -> float:
         """In monotonic seconds. A reset is to be noticed within a second, and the first entry that
@@ -2062,7 +2175,8 @@ class Ledger:
         self._store = store
         self._retention = retention * 1_000_000
         self._monotonic = monotonic
-        self._accounts = Accounts(store, monotonic)
+        self._clock = Clock(store, monotonic)
+        self._accounts = Accounts(store, self._clock, monotonic)
         self._purged: PurgeMark = PURGE_START
         self.stopping = False  # no more attempts: set by another thread
 
@@ -2180,12 +2294,15 @@ class Ledger:
         batch.entries, batch.verdicts = decision.entries(), verdicts
 
     def purge(self) -> bool:
-        """Delete some sends older than the retention; False when there are no more.
+        """Delete some sends older than the retention; False when there are no more, or while the
+        clock may be wrong: it would empty the table.
 
         Raises Conflict, and Unavailable when the store cannot be opened either.
         """
         try:
-            cutoff = self._store.now() - self._retention
+            cutoff = self._accounts.read_clock().clock - self._retention
+            if not self._clock.is_steady():
+                return False
             self._purged = self._store.purge(cutoff, self._purged)
         except Unavailable:  # an idle connection may have been closed
             self.open()

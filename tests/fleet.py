@@ -17,19 +17,25 @@ DAEMONS = 3
 
 RESET = """
     INSERT INTO sends (account, seq, epoch, at, recipients, total, instance, token)
-    SELECT account, seq + 1, epoch + 1, MAX(at, ?), 0, 0, 'reset', 0 FROM sends
+    SELECT account, seq + 1, epoch + 1, ?, 0, 0, 'reset', 0 FROM sends
     WHERE account = ? ORDER BY seq DESC LIMIT 1
 """
 
 
 class World:
-    """Real time, which all daemons' monotonic clocks follow."""
+    """Real time, which all daemons' monotonic clocks follow but for when the machine sleeps."""
 
     def __init__(self) -> None:
         self.now = 0
+        self.slept = 0
 
     def monotonic(self) -> float:
-        return self.now / SECOND
+        return (self.now - self.slept) / SECOND
+
+    def sleep(self, microseconds: int) -> None:
+        """Suspend all machines."""
+        self.now += microseconds
+        self.slept += microseconds
 
 
 class ClockedStore(SQLiteStore):

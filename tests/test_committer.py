@@ -388,6 +388,7 @@ def test_a_purge_goes_on_beside_the_requests(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("saslquota.PURGE_PAUSE", 0.01)
+    monkeypatch.setattr("saslquota.CLOCK_PROBATION", 0)
     path = tmp_path / "ledger.db"
     ledger = Ledger(SQLiteStore(path, 1), 1)
     windows = (Window(1, 10_000),)
@@ -406,7 +407,10 @@ def test_a_purge_goes_on_beside_the_requests(
     committer.stop(10)
 
 
-def test_a_purge_that_meets_a_lock_holds_nobody_up_again(database: Database) -> None:
+def test_a_purge_that_meets_a_lock_holds_nobody_up_again(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("saslquota.CLOCK_PROBATION", 0)
     for key in ("'a', 1", "'a', 2", "'b', 1"):  # of b so that no lock on a gap is in its way
         database.sql(f"INSERT INTO sends VALUES ({key}, 1, '2000-01-01', 1, 1, '', 1)")
     ledger = Ledger(MySQLStore(mysql_config(database)), 30 * DAY)

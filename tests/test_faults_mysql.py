@@ -71,7 +71,7 @@ def test_killed_and_back_before_anybody_notices(
     """Idle connections break, and the first request after that is counted."""
     with counting.policy() as policy:
         assert policy.ask(instance="before") == OK
-        pause(0.5)  # the purge at the start is through
+        pause(0.5)  # the purge has had its look at the clock
         mariadb.kill()
         mariadb.start()
         assert policy.ask(instance="after") == OK

@@ -9,13 +9,14 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
-from helpers import StartDaemon, require
-from servers.audit import audit, audit_all, entries
+from helpers import DAY, StartDaemon, require
+from servers.audit import SECOND, audit, audit_all, entries
 from servers.clock import (
     CLOCK_RULES,
     ClockedDaemon,
     audit_clocked,
     libfaketime,
+    set_clock,
     set_clock_under_load,
 )
 from servers.daemon import Daemon, Unprivileged
@@ -277,6 +278,29 @@ def test_the_daemons_clock_is_set(new_directory: Callable[[], Path]) -> None:
     ):
         set_clock_under_load(counting.clock, load, counting.ledger)
     audit_clocked(entries(counting.ledger), load)
+
+
+def test_a_clock_that_was_a_day_ahead_for_a_moment(new_directory: Callable[[], Path]) -> None:
+    """One send meanwhile: afterwards all senders are counted as ever. (libfaketime breaks the sleep
+    of the log's thread when the clock goes back that far: what is logged is in test_clock.py.)"""
+    if not libfaketime():
+        pytest.skip("not installed: libfaketime")
+    rules = {"default": {"period": 4, "msgquota": 5, "msg": "in {retry_after}"}}
+    with ClockedDaemon(new_directory(), CONFIG, rules) as counting:
+        set_clock(counting.clock, DAY)
+        pause(2.5)  # until the file and then the clock are read
+        with counting.policy() as policy:
+            assert policy.ask(sasl_username="somebody") == OK
+            set_clock(counting.clock, 0)
+            pause(2.5)
+            for sender in ("bob", "somebody", "bob"):
+                answers = [policy.ask(sasl_username=sender) for _ in range(6)]
+                assert answers[:4] == [OK] * 4
+                assert answers[5] in ("REJECT in 4s", "REJECT in 3s", "REJECT in 2s")
+                wait_for(lambda who=sender: policy.ask(sasl_username=who) == OK, 6, sender)  # type: ignore[misc]
+                pause(4.5)  # a period in which nobody sends
+    ahead = max(row.at for row in entries(counting.ledger))
+    assert ahead > time.time_ns() // 1000 + 23 * 3600 * SECOND, "the clock was not faked"
 
 
 @pytest.mark.parametrize("dbtimeout", [2, 3])

@@ -175,7 +175,7 @@ def clocked(galera: Galera, shared: Database) -> Iterator[Database]:
 
 
 def test_clocks_minutes_apart(galera: Galera, clocked: Database, daemon: StartDaemon) -> None:
-    """Exact by the ledger's own times, which are those of the clock farthest ahead."""
+    """Exact by the ledger's own times, which are those of the fastest clock."""
     daemons = three_daemons(galera, clocked, daemon, 2, 60)
     with Load([d.port for d in daemons], SENDERS, connections=9, pause=0.01) as load:
         load.wait(REFUSED, 20, 20)
@@ -191,12 +191,12 @@ def test_clocks_minutes_apart(galera: Galera, clocked: Database, daemon: StartDa
     wait_for_log(daemons[0], r"a send is dated \d+ s ahead of the clock")
 
 
-def test_nobody_is_locked_out_for_longer_than_the_clocks_differ(
+def test_nobody_is_locked_out_for_longer_than_a_period(
     galera: Galera, clocked: Database, daemon: StartDaemon
 ) -> None:
-    """Used up by the daemon whose clock is 6 s ahead, and asked again at another one."""
+    """Used up by the daemon whose clock is 30 s ahead, and asked again at another one."""
     ahead, _, behind = three_daemons(galera, clocked, daemon, 2, 60)
-    set_clock(galera.nodes[0].clock, 6)
+    set_clock(galera.nodes[0].clock, 30)
     pause(2.5)  # until the file and then the clock are read
     use_up([ahead, behind])
     used_up = time.monotonic()
@@ -206,7 +206,7 @@ def test_nobody_is_locked_out_for_longer_than_the_clocks_differ(
             20,
             "all are let in",
         )
-    assert time.monotonic() - used_up <= 6 + 2 + 1 + 1 + SLACK
+    assert time.monotonic() - used_up <= 2 + 1 + 1 + SLACK
     for sender in SENDERS:
         rows = [row for row in assert_same_everywhere(galera, clocked) if row.account == sender]
         assert_never_over_quota(rows, 2, 60)

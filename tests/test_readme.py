@@ -1166,7 +1166,7 @@ def test_used_by(counting: Counting) -> None:
             "REJECT"
         )
         assert sql(used) == ["4"]
-        hour = "3600 SECOND" if "3600 SECOND" in used else "- 3600)"
+        hour = "3600 SECOND" if "3600 SECOND" in used else "- 3600 *"
         in_the_future = used.replace(hour, hour.replace("3600", "-3600"))
         assert sql(in_the_future) == ["0"], "nothing that late: 0, not all"
 
@@ -1231,15 +1231,34 @@ def test_unblock_nobody(counting: Counting) -> None:
     assert sql("SELECT COUNT(*) FROM sends") == ["1"]
 
 
-def test_unblock_with_a_clock_that_went_back(counting: Counting) -> None:
-    """`at` never falls."""
+def date_ahead(sql: Sql, statement: Callable[[str], str], seconds: int) -> None:
+    later = f"at + {seconds}000000" if "strftime" in statement("'reset'") else None
+    sql(f"UPDATE sends SET at = {later or f'at + INTERVAL {seconds} SECOND'}")
+
+
+def test_used_by_counts_to_the_newest_send(counting: Counting) -> None:
+    """As the daemon does for a sender whose sends are dated ahead."""
     started, sql, statement = counting
     with started.policy() as policy:
-        assert policy.ask(sasl_username=BOB) == "OK"
-    later = "at + 30000000" if "strftime" in statement("'reset'") else "at + INTERVAL 30 SECOND"
-    sql(f"UPDATE sends SET at = {later}")
-    sql(statement("'reset'"))
-    assert sql("SELECT COUNT(DISTINCT at), COUNT(*) FROM sends") == ["1\t2"]
+        assert [policy.ask(sasl_username=BOB) for _ in range(3)] == ["OK"] * 3
+        age(sql, statement, 1)
+        date_ahead(sql, statement, 7200)
+        assert sql(statement("AS used")) == ["2"]
+
+
+def test_unblock_with_a_clock_that_went_back(counting: Counting) -> None:
+    """The reset is dated now, and takes the sender back to now."""
+    started, sql, statement = counting
+    with started.policy() as policy:
+        assert [policy.ask(sasl_username=BOB) for _ in range(5)] == ["OK"] * 5
+        date_ahead(sql, statement, 7200)
+        before = sql("SELECT MAX(at) FROM sends WHERE epoch = 1")
+        sql(statement("'reset'"))
+        wait_for(lambda: policy.ask(sasl_username=BOB) == "OK", 1.2, "he is accepted")
+        assert [policy.ask(sasl_username=BOB) for _ in range(5)] == ["OK"] * 4 + ["REJECT no more"]
+        assert sql("SELECT MAX(at) FROM sends WHERE epoch = 1") == before
+        assert sql("SELECT MAX(at) FROM sends WHERE epoch = 2") < before
+        assert sql(statement("AS used")) == ["5"]
 
 
 def test_the_sqlite_client(daemon: START) -> None:

@@ -147,6 +147,14 @@ def test_the_newest_some_and_the_following_sends_of_several_accounts(
     assert store.entries_after([]) == store.entries_at([]) == []
 
 
+def test_the_latest_time_of_all(new_store: OpenStore) -> None:
+    store = new_store()
+    now = store.now()
+    assert store.newest_at() == 0
+    store.append([row("a", 1, now + DAY * SECOND + 1), row("a", 2, now), row("b", 1, now + 7)])
+    assert store.newest_at() == now + DAY * SECOND + 1
+
+
 def test_a_taken_seq_is_a_conflict_and_writes_nothing(new_store: OpenStore) -> None:
     store, other = new_store(), new_store()
     now = store.now()

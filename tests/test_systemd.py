@@ -73,3 +73,12 @@ def test_as_under_supervisord() -> None:
     assert unit["TimeoutStopSec"] == [program["stopwaitsecs"]]
     assert unit["KillSignal"] == [f"SIG{program['stopsignal']}"]
     assert unit["Restart"] == ["always"]
+
+
+def test_it_starts_with_the_right_time_and_before_postfix() -> None:
+    """It does not pull the target in (systemd.special(7)): not every machine has such a service."""
+    unit = settings()
+    (after,), (before,) = unit["After"], unit["Before"]
+    assert {"network.target", "time-sync.target", "mariadb.service"} <= set(after.split())
+    assert before == "postfix.service"
+    assert "time-sync" not in str(unit.get("Wants")) + str(unit.get("Requires"))
