@@ -32,7 +32,7 @@ def cat(path: Path, netcat: str, port: int) -> str:
 def test_testfile_prints_ok_and_returns(netcat: str, port: int) -> None:
     begin = time.monotonic()
     assert cat(TESTFILE, netcat, port) == "action=OK\n\n"
-    assert time.monotonic() - begin < 1
+    assert time.monotonic() - begin < 5
 
 
 @netcats
@@ -48,4 +48,4 @@ def test_block_without_the_closing_empty_request(netcat: str, port: int, tmp_pat
     block.write_text(TESTFILE.read_text("utf-8").removesuffix("\n"), "utf-8")
     begin = time.monotonic()
     assert cat(block, netcat, port) == "action=OK\n\n"
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < 5

@@ -167,7 +167,7 @@ COMPARISONS = ("but for case", "same in all windows", "comes first and matches")
 
 
 @pytest.mark.slow
-@examples(1500)
+@examples(500)
 @given(default=LOADED, key=KEYS, rule=WINDOWS)
 def test_they_agree_whatever_is_written(
     tmp_path_factory: pytest.TempPathFactory, default: object, key: str, rule: object
