@@ -489,12 +489,19 @@ class Reality:
 
     def __init__(self, clocks: int = 1) -> None:
         self.sends: list[tuple[int, str, int]] = []
+        self.has_gone_back = False
         self.favours: dict[str, int] = dict.fromkeys(WINDOWS, clocks)  # quotas it may have had
 
     def favour(self, account: str = "") -> None:
         """All accounts, or one, may have had one more."""
         for name in [account] if account else WINDOWS:
             self.favours[name] += 1
+
+    def jump(self, microseconds: int) -> None:
+        """A step back gives nobody anything, but for those that it puts on a still older clock."""
+        if microseconds > 0 or self.has_gone_back:
+            self.favour()
+        self.has_gone_back |= microseconds < 0
 
     def accept(self, now: int, account: str, n: int) -> None:
         self.sends.append((now, account, n))
@@ -543,8 +550,7 @@ class Run:
 
     def jump(self, microseconds: int) -> None:
         self.store.skew += microseconds
-        if microseconds > 0:
-            self.reality.favour()
+        self.reality.jump(microseconds)
 
     def put_right(self, _: None) -> None:
         self.jump(-self.store.skew)
@@ -652,8 +658,7 @@ class SharedRun:
 
     def jump(self, daemon: int, microseconds: int) -> None:
         self.fleet.stores[daemon].skew += microseconds
-        if microseconds > 0:
-            self.reality.favour()
+        self.reality.jump(microseconds)
 
     def put_right(self, daemon: int, _: None) -> None:
         self.jump(daemon, -self.fleet.stores[daemon].skew)
