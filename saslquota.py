@@ -1411,8 +1411,7 @@ class MySQLStore(Store):
     SELECT_AT = "TIMESTAMPDIFF(MICROSECOND, '1970-01-01', at)"
     BIND_TIME = "TIMESTAMP '1970-01-01 00:00:00' + INTERVAL ? MICROSECOND"
     FOR_UPDATE = " FOR UPDATE"
-    # 1062 duplicate key, 1213 deadlock (Galera: certification), 3101 Group Replication, 1020 record
-    # changed since the snapshot (MariaDB 11)
+    # Duplicate key; deadlock, or Galera's certification; Group Replication; MariaDB 11's snapshot.
     CONFLICTS = frozenset({1062, 1213, 3101, 1020})
     LOCK_WAIT_TIMEOUT = 1205
     # Writes nothing, but fails wherever a send would: read-only, a global lock, no right to.
@@ -1425,14 +1424,12 @@ class MySQLStore(Store):
         self._hosts = collections.deque(config.myhost)
         self._cursor: Any = None
         self._host_failed = False  # the current one has
-        self._is_galera = self._is_mariadb = False
-        self._waits_for_locks = True
-        self._version = ""  # the server's
-        self._connector = ""  # its version, and which of its two implementations runs
+        self._is_galera = self._is_mariadb = self._waits_for_locks = False
+        self._version = self._connector = ""  # the server's; the connector's, with its kind
 
     def __str__(self) -> str:
-        where = self._hosts[0] if self._connection else ", ".join(self._config.myhost)
-        return f"MySQL {self._config.mydb} on {where}"
+        hosts = [self._hosts[0]] if self._connection else self._config.myhost
+        return f"MySQL {self._config.mydb} on {', '.join(hosts)}"
 
     def open(self, deadline: float = math.inf) -> None:
         """Connect to the first host that takes sends, beginning with the last that did unless it
@@ -1440,8 +1437,8 @@ class MySQLStore(Store):
         self.close()
         connector = load_connector()
         self._error = connector.Error
-        implementation = "C extension" if connector.HAVE_CEXT else "pure Python"
-        self._connector = f"mysql-connector-python {connector.__version__} ({implementation})"
+        which = "C extension" if connector.HAVE_CEXT else "pure Python"
+        self._connector = f"mysql-connector-python {connector.__version__} ({which})"
         if self._host_failed:
             self._hosts.rotate(-1)
         failures: list[str] = []
@@ -1555,11 +1552,10 @@ class MySQLStore(Store):
         self._run("BEGIN")
         try:
             self.append(entries)
+            return []
         except Conflict as error:
             if len(entries) == 1:
                 return list(entries) if isinstance(error, LockTimeout) else []
-        else:
-            return []
         finally:
             self._run("ROLLBACK")
         half = len(entries) // 2

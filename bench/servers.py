@@ -171,7 +171,9 @@ class Bench:
         self.sockets = self.temporary(prefix="bench-")
         self.log = self.stack.enter_context((self.data / "log").open("a"))
         for program, source in self.sources.items():
-            self.file(program).write_text(source)
+            # A purge waits for an hour after the start, lest a wrong clock empties the table.
+            at_once = source.replace("CLOCK_PROBATION = 3600.0", "CLOCK_PROBATION = 0.0")
+            self.file(program).write_text(at_once)
         for program in (*self.sources, OTHER):
             sink = self.log_socket(program)
             self.sinks[program] = self.start([WORK / "logsink", sink], sink.exists)
