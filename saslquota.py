@@ -2472,14 +2472,16 @@ class Watchdog(threading.Thread):
     def __init__(self, outage: Outage) -> None:
         super().__init__(name="watchdog", daemon=True)
         self._outage = outage
-        # In the order of their deadlines, as all have the same time. An answered one stays until
-        # those before it are answered.
-        self._charges: collections.deque[PendingCharge] = collections.deque()
+        self._charges: set[PendingCharge] = set()
         self._stopped = threading.Event()
         self._bugs = RateLimit(1.0)
 
     def watch(self, pending: PendingCharge) -> None:
-        self._charges.append(pending)
+        self._charges.add(pending)
+
+    def forget(self, answered: Iterable[PendingCharge]) -> None:
+        """Let go of them now: memory that is used again at once is fast."""
+        self._charges.difference_update(answered)
 
     def stop(self) -> None:
         self._stopped.set()
@@ -2495,15 +2497,13 @@ class Watchdog(threading.Thread):
 
     def _answer_overdue(self) -> None:
         now = time.monotonic()
-        while self._charges:
-            pending = self._charges[0]
+        for pending in list(self._charges):
             is_overdue = pending.deadline <= now
-            if not (pending.is_answered or is_overdue or self._outage.lasts):
-                return
-            self._charges.popleft()
-            if pending.answer(None) and is_overdue:
-                timed_out = TimedOut("timed out: no decision within _dbtimeout")
-                self._outage.begin(timed_out, is_cause=False)
+            if pending.is_answered or is_overdue or self._outage.lasts:
+                self._charges.discard(pending)
+                if pending.answer(None) and is_overdue:
+                    timed_out = TimedOut("timed out: no decision within _dbtimeout")
+                    self._outage.begin(timed_out, is_cause=False)
 
 
 class Committer(threading.Thread):
@@ -2584,6 +2584,7 @@ class Committer(threading.Thread):
                 with contextlib.suppress(Exception):  # it may have left something half done
                     self._ledger.close()
             self._fall_back(batch)  # what has no answer yet
+            self._watchdog.forget(batch)
         self._ledger.close()
 
     def _gather(self) -> list[PendingCharge]:
