@@ -32,7 +32,12 @@ from saslquota import (
 OpenStore = Callable[[], Store]
 
 
-@pytest.fixture(params=["sqlite", "mariadb", "mariadb-pure"])
+@pytest.fixture
+def server(each_server: MariaDB) -> MariaDB:
+    return each_server
+
+
+@pytest.fixture(params=["sqlite", "mariadb", "mariadb-pure", "mysql", "mysql-pure"])
 def new_store(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[OpenStore]:
@@ -46,9 +51,10 @@ def new_store(
         connector = saslquota.load_connector()
         if not connector.HAVE_CEXT:
             pytest.fail("the C extension must be loaded before pytest, as tests/run does")
-        if request.param == "mariadb-pure":
+        name, _, pure = request.param.partition("-")
+        if pure:
             monkeypatch.setattr(connector, "HAVE_CEXT", False)
-        config = mysql_config(request.getfixturevalue("database"))
+        config = mysql_config(request.getfixturevalue(name).create_database())
 
         def make() -> Store:
             return MySQLStore(config)
@@ -310,15 +316,15 @@ def test_connections_killed_in_mid_insert_leave_one_row_each(database: Database)
 
 
 def test_a_server_frozen_in_mid_insert_leaves_one_row_each(
-    database: Database, mariadb: MariaDB
+    database: Database, server: MariaDB
 ) -> None:
     with Counted(mysql_config(database, dbtimeout=2), 100_000) as counted:
         for _ in range(3):
             accepted, outages = len(counted.accepted), counted.outages
             wait_for(lambda n=accepted: len(counted.accepted) > n + 20, 20, "accepted charges")  # type: ignore[misc]
-            mariadb.freeze()
+            server.freeze()
             wait_for(lambda n=outages: counted.outages > n, 20, "the time-out")  # type: ignore[misc]
-            mariadb.thaw()
+            server.thaw()
     assert set(counted.rows_of_accepted(database)) == {1}
     total = database.sql("SELECT COUNT(*) - MAX(seq) FROM sends WHERE account = 'a'")
     assert total.strip() == "0"
@@ -376,8 +382,8 @@ def test_trouble_is_told_with_its_remedy(
         MySQLStore(mysql_config(database, **changes)).open()
 
 
-def test_a_missing_table_is_told_with_the_command(mariadb: MariaDB) -> None:
-    database = mariadb.create_database(with_table=False)
+def test_a_missing_table_is_told_with_the_command(server: MariaDB) -> None:
+    database = server.create_database(with_table=False)
     store = MySQLStore(mysql_config(database))
     with pytest.raises(Unavailable, match=f"run mysql {database.name} < mysql.sql"):
         store.check()
