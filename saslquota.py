@@ -1004,6 +1004,7 @@ def format_reply(action: str) -> bytes:
 
 PURGE_ROWS = 50  # in one DELETE: a millisecond or two
 LOCK_WAIT = 1  # seconds for a lock in MySQL: as short as it can be, for all others wait too
+LOCK_PROBE = 0.1  # seconds for a lock in MySQL, when it is tried which account is locked
 WAL_PAGES = 8000  # of 4 KiB that SQLite gathers in its log before it sorts them into the file
 
 
@@ -1128,7 +1129,7 @@ class Store:
 
     def wait_for_locks(self, wait: bool) -> None:
         """Whether a statement waits LOCK_WAIT for another session's locks, as it does at first, or
-        as short as the database allows: MariaDB not at all, MySQL a second."""
+        not at all. (In MySQL it always does: that is the least that there is.)"""
 
     def locked(self, entries: Sequence[Entry]) -> list[Entry]:
         """Which of these entries, one of an account, cannot be appended as another session has
@@ -1310,7 +1311,7 @@ class MySQLStore(Store):
     # 1062 duplicate key, 1213 deadlock (Galera: certification), 3101 Group Replication, 1020 record
     # changed since the snapshot (MariaDB 11)
     CONFLICTS = frozenset({1062, 1213, 3101, 1020})
-    LOCK_TIMEOUTS = frozenset({1205, 3572})  # 3572: NOWAIT in MySQL; MariaDB has 1205 for it, too
+    LOCK_TIMEOUTS = frozenset({1205, 1317})  # 1317: interrupted, see _interrupted_soon()
     # Writes nothing, but fails wherever a send would: read-only, a global lock, no right to.
     TRY_INSERT = f"INSERT INTO sends ({COLUMNS}) SELECT {COLUMNS} FROM sends WHERE FALSE"
 
@@ -1322,6 +1323,7 @@ class MySQLStore(Store):
         self._cursor: Any = None
         self._host_failed = False  # the current one has
         self._is_galera = False
+        self._is_mariadb = False
         self._version = ""  # the server's
         self._connector = ""  # its version, and which of its two implementations runs
 
@@ -1344,7 +1346,8 @@ class MySQLStore(Store):
             if failures and time.monotonic() + self.statement_timeout > deadline:
                 break
             try:
-                self._connect(connector, self._hosts[0])
+                self._connection = self._connect(self._hosts[0])
+                self._prepare()
                 self._host_failed = False
                 log.info("connected: %s, %s", self, self._connector)
                 return
@@ -1354,8 +1357,9 @@ class MySQLStore(Store):
                 self._hosts.rotate(-1)
         raise Unavailable("; ".join(failures))
 
-    def _connect(self, connector: Any, host: str) -> None:
-        self._connection = connector.connect(
+    def _connect(self, host: str) -> Any:
+        connector = load_connector()
+        return connector.connect(
             **connection_options(self._config, host),
             charset="utf8mb4",
             collation="utf8mb4_bin",
@@ -1365,6 +1369,9 @@ class MySQLStore(Store):
             read_timeout=self.statement_timeout,
             write_timeout=self.statement_timeout,
         )
+
+    def _prepare(self) -> None:
+        """Make the session what the daemon needs, and sure that it takes sends."""
         self._cursor = self._connection.cursor()  # one for all: making one pings the server
         for lock in ("innodb_lock_wait_timeout", "lock_wait_timeout"):
             self._run(f"SET SESSION {lock} = {LOCK_WAIT}")
@@ -1372,6 +1379,7 @@ class MySQLStore(Store):
         self._run("SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         self._is_galera = bool(self._run("SHOW VARIABLES LIKE 'wsrep_sync_wait'"))
         ((self._version,),) = self._run("SELECT VERSION()")
+        self._is_mariadb = "MariaDB" in self._version
         self._run(self.TRY_INSERT)
 
     def now(self) -> int:
@@ -1426,9 +1434,8 @@ class MySQLStore(Store):
             self._run("SET SESSION wait_timeout = DEFAULT")
 
     def wait_for_locks(self, wait: bool) -> None:
-        least = 0 if "MariaDB" in self._version else LOCK_WAIT
-        seconds = LOCK_WAIT if wait else least
-        self._run(f"SET SESSION innodb_lock_wait_timeout = {seconds}")
+        if self._is_mariadb:
+            self._run(f"SET SESSION innodb_lock_wait_timeout = {LOCK_WAIT if wait else 0}")
 
     def locked(self, entries: Sequence[Entry]) -> list[Entry]:
         try:
@@ -1442,7 +1449,8 @@ class MySQLStore(Store):
         """Whether another session holds the account's next row, or the gap it would go into."""
         self._run("BEGIN")
         try:
-            self.append([entry])
+            with self._interrupted_soon():
+                self.append([entry])
         except LockTimeout:
             return True
         except Conflict:  # it has been appended to meanwhile
@@ -1451,6 +1459,27 @@ class MySQLStore(Store):
             return False
         finally:
             self._run("ROLLBACK")
+
+    @contextlib.contextmanager
+    def _interrupted_soon(self) -> Iterator[None]:
+        """Let a statement wait LOCK_PROBE at most for a lock. Only for what is rolled back."""
+        if self._is_mariadb:  # see wait_for_locks()
+            yield
+            return
+        timer = threading.Timer(LOCK_PROBE, self._interrupt, [self._connection.connection_id])
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            timer.join()
+
+    def _interrupt(self, connection_id: int) -> None:
+        """End a statement by another connection; without one it ends by itself, after LOCK_WAIT."""
+        with contextlib.suppress(self._error, OSError):
+            other = self._connect(self._hosts[0])
+            with contextlib.closing(other):
+                other.cmd_query(f"KILL QUERY {connection_id}")
 
     def tokens(self, entries: Sequence[Entry]) -> set[int]:
         if self._is_galera:  # another node's commit may still be on its way

@@ -1,4 +1,4 @@
-"""A database server breaks under load: nothing lost, nothing twice, nobody over quota, all answered.
+"""A database breaks under load: nothing lost, nothing twice, nobody over quota, all answered.
 
 To each promised time SLACK (a second) is added: here load, daemon and database share a machine.
 """
