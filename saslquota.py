@@ -459,6 +459,14 @@ def split_host(name: str, port: int) -> tuple[str, int] | None:
     return found[1] or found[2] or found[3], int(found[4] or port)
 
 
+def is_loopback(host: str) -> bool:
+    """Whether what is sent to this host stays on this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
@@ -1004,6 +1012,7 @@ def format_reply(action: str) -> bytes:
 
 PURGE_ROWS = 50  # in one DELETE: a millisecond or two
 LOCK_WAIT = 1  # seconds for a lock in MySQL: as short as it can be, for all others wait too
+OLDEST_CONNECTOR = 9, 2  # of mysql-connector-python: read_timeout came with it
 LOCK_PROBE = 0.1  # seconds for a lock in MySQL, when it is tried which account is locked
 WAL_PAGES = 8000  # of 4 KiB that SQLite gathers in its log before it sorts them into the file
 
@@ -1260,13 +1269,19 @@ def load_connector() -> Any:
     not load any more when the interpreter's ssl has come first."""
     with contextlib.suppress(ImportError):
         importlib.import_module("_mysql_connector")
+    remedy = (
+        "run /opt/saslquota/venv/bin/pip install -U mysql-connector-python"
+        " (or pip install -U with the Python that runs saslquota)"
+    )
     try:
-        return importlib.import_module("mysql.connector")
+        connector = importlib.import_module("mysql.connector")
     except ImportError:
-        raise Unavailable(
-            "mysql-connector-python is missing: run /opt/saslquota/venv/bin/pip install"
-            " mysql-connector-python (or pip install with the Python that runs saslquota)"
-        ) from None
+        raise Unavailable(f"mysql-connector-python is missing: {remedy}") from None
+    if connector.version.VERSION[:2] < OLDEST_CONNECTOR:
+        needed = ".".join(map(str, OLDEST_CONNECTOR))
+        found = f"mysql-connector-python {connector.__version__} is too old"
+        raise Unavailable(f"{found}, {needed} or newer is needed: {remedy}, and restart saslquota")
+    return connector
 
 
 def connection_options(config: Config, host: str) -> dict[str, Any]:
@@ -1282,12 +1297,41 @@ def connection_options(config: Config, host: str) -> dict[str, Any]:
     return {**where, **tls, **user}
 
 
+def connect(config: Config, host: str, timeout: float) -> Any:
+    """Connect to a host in _myhost; `timeout` is that of each statement, too, in seconds. Raises
+    Unavailable, and what the connector raises.
+
+    The pure Python connector answers a server without TLS, or somebody in between who says that
+    there is none, with the password in clear text.
+    """
+    connector = load_connector()
+    options = connection_options(config, host)
+    if not (connector.HAVE_CEXT or config.mysslca or is_loopback(options.get("host", "localhost"))):
+        raise Unavailable(
+            "mysql-connector-python has no C extension here, and without it the password may go"
+            " over the network in clear text: set _mysslca, see SECURITY.md"
+        )
+    return connector.connect(
+        **options,
+        charset="utf8mb4",
+        collation="utf8mb4_bin",
+        autocommit=True,
+        use_pure=not connector.HAVE_CEXT,
+        connection_timeout=timeout,
+        read_timeout=timeout,
+        write_timeout=timeout,
+    )
+
+
 def with_remedy(error: Exception, config: Config) -> str:
     """An error of MySQL's with its remedy, where there is one."""
     grant = f"grant all on {config.mydb}.* to the user of the error message"
+    no_tls = "turn on TLS in the server, or use its Unix socket: _myhost unix:/path"
+    is_pure = not load_connector().HAVE_CEXT  # it reports a lack of TLS as a wrong password
     remedies = {
         1044: grant,
-        1045: f"check _myuser and _mypasswd in {config.path}, and {grant}",
+        1045: f"check _myuser and _mypasswd in {config.path}, and {grant}"
+        + (f"; if caching_sha2_password lacks TLS, {no_tls}" if is_pure else ""),
         1049: f"create database {config.mydb}",
         1054: f"the table sends is not that of mysql.sql; run mysql {config.mydb} < mysql.sql"
         " after renaming it",
@@ -1295,11 +1339,39 @@ def with_remedy(error: Exception, config: Config) -> str:
         1146: f"run mysql {config.mydb} < mysql.sql",
         2002: "is the server running? check _myhost",
         2003: "is the server running? check _myhost and _myport",
+        2061: f"the server has no TLS: {no_tls}",
     }
     cause = error.__cause__ if isinstance(error, StoreError) else error
     number = getattr(cause, "errno", None)
     message = " ".join(str(error).split())
     return f"{message} - {remedies[number]}" if number in remedies else message
+
+
+LOCK_TIMEOUTS = frozenset({1205, 1317})  # 1317: see MySQLStore._interrupted_soon()
+# 1062 duplicate key, 1213 deadlock (Galera: certification), 3101 Group Replication, 1020 record
+# changed since the snapshot (MariaDB 11)
+CONFLICTS = frozenset({1062, 1213, 3101, 1020})
+CONNECTION_LOST = frozenset({2006, 2013, 2055, 4031, errno.EPIPE, errno.ECONNRESET})
+
+
+def store_error(error: Exception) -> StoreError:
+    """What an error of MySQL's means."""
+    number = getattr(error, "errno", None)
+    if number in LOCK_TIMEOUTS:
+        return LockTimeout(str(error))
+    # 1180 with error 149 is a deadlock at commit (Group Replication).
+    if number in CONFLICTS or (number == 1180 and "error 149" in str(error)):
+        return Conflict(str(error))
+    return Unavailable(str(error))
+
+
+def with_literals(sql: str, values: Sequence[int | str]) -> str:
+    """The statement with its values as literals. Texts go as hexadecimal: there is nothing to
+    escape, whatever the server's sql_mode."""
+    literals = [
+        f"_utf8mb4 x'{value.encode().hex()}'" if type(value) is str else value for value in values
+    ]
+    return sql.replace("?", "%s") % tuple(literals)
 
 
 class MySQLStore(Store):
@@ -1308,10 +1380,6 @@ class MySQLStore(Store):
     SELECT_AT = "TIMESTAMPDIFF(MICROSECOND, '1970-01-01', at)"
     BIND_TIME = "TIMESTAMP '1970-01-01 00:00:00' + INTERVAL ? MICROSECOND"
     FOR_UPDATE = " FOR UPDATE"
-    # 1062 duplicate key, 1213 deadlock (Galera: certification), 3101 Group Replication, 1020 record
-    # changed since the snapshot (MariaDB 11)
-    CONFLICTS = frozenset({1062, 1213, 3101, 1020})
-    LOCK_TIMEOUTS = frozenset({1205, 1317})  # 1317: interrupted, see _interrupted_soon()
     # Writes nothing, but fails wherever a send would: read-only, a global lock, no right to.
     TRY_INSERT = f"INSERT INTO sends ({COLUMNS}) SELECT {COLUMNS} FROM sends WHERE FALSE"
 
@@ -1321,7 +1389,7 @@ class MySQLStore(Store):
         self._config = config
         self._hosts = collections.deque(config.myhost)
         self._cursor: Any = None
-        self._host_failed = False  # the current one has
+        self._host_failed = False  # the current one has: another goes first
         self._is_galera = False
         self._is_mariadb = False
         self._version = ""  # the server's
@@ -1346,7 +1414,7 @@ class MySQLStore(Store):
             if failures and time.monotonic() + self.statement_timeout > deadline:
                 break
             try:
-                self._connection = self._connect(self._hosts[0])
+                self._connection = connect(self._config, self._hosts[0], self.statement_timeout)
                 self._prepare()
                 self._host_failed = False
                 log.info("connected: %s, %s", self, self._connector)
@@ -1356,19 +1424,6 @@ class MySQLStore(Store):
                 failures.append(f"{self._hosts[0]}: {with_remedy(error, self._config)}")
                 self._hosts.rotate(-1)
         raise Unavailable("; ".join(failures))
-
-    def _connect(self, host: str) -> Any:
-        connector = load_connector()
-        return connector.connect(
-            **connection_options(self._config, host),
-            charset="utf8mb4",
-            collation="utf8mb4_bin",
-            autocommit=True,
-            use_pure=not connector.HAVE_CEXT,
-            connection_timeout=self.statement_timeout,
-            read_timeout=self.statement_timeout,
-            write_timeout=self.statement_timeout,
-        )
 
     def _prepare(self) -> None:
         """Make the session what the daemon needs, and sure that it takes sends."""
@@ -1386,40 +1441,30 @@ class MySQLStore(Store):
         (row,) = self._run("SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(6))")
         return int(row[0])
 
-    @staticmethod
-    def _with_literals(sql: str, values: Sequence[int | str]) -> str:
-        """The statement with its values as literals. Texts go as hexadecimal: there is nothing to
-        escape, whatever the server's sql_mode."""
-        literals = [
-            f"_utf8mb4 x'{value.encode().hex()}'" if type(value) is str else value
-            for value in values
-        ]
-        return sql.replace("?", "%s") % tuple(literals)
-
     def _run(self, sql: str, values: Sequence[int | str] = ()) -> list[Any]:
         if not self._connection:
             raise Unavailable("not connected")
+        began = time.monotonic()
         try:
-            statement = self._with_literals(sql, values) if values else sql
+            statement = with_literals(sql, values) if values else sql
             if sql.startswith("INSERT"):  # no rows: spare what a cursor does around it
                 self._connection.cmd_query(statement)
                 return []
             self._cursor.execute(statement)
             return self._cursor.fetchall() if self._cursor.with_rows else []
         except (self._error, OSError) as error:
-            number = getattr(error, "errno", None)
-            if number in self.LOCK_TIMEOUTS:
-                raise LockTimeout(str(error)) from error
-            if number in self.CONFLICTS:
-                raise Conflict(str(error)) from error
-            self._host_failed = True
-            raise Unavailable(str(error)) from error
+            found = store_error(error)
+            if isinstance(found, Unavailable):
+                # A connection that is just gone was idle for too long, perhaps.
+                is_gone = getattr(error, "errno", None) in CONNECTION_LOST
+                self._host_failed = not is_gone or time.monotonic() - began > 1
+            raise found from error
 
     def _run_each(self, sql: str, many: Sequence[Sequence[int | str]]) -> list[Any]:
         """In one statement: a round trip may be long."""
         if not many:
             return []
-        selects = [f"({self._with_literals(sql, values)})" for values in many]
+        selects = [f"({with_literals(sql, values)})" for values in many]
         return self._run(" UNION ALL ".join(selects))
 
     def newest_entries(self, accounts: Sequence[str], *, take_locks: bool) -> list[StoredEntry]:
@@ -1477,7 +1522,7 @@ class MySQLStore(Store):
     def _interrupt(self, connection_id: int) -> None:
         """End a statement by another connection; without one it ends by itself, after LOCK_WAIT."""
         with contextlib.suppress(self._error, OSError):
-            other = self._connect(self._hosts[0])
+            other = connect(self._config, self._hosts[0], self.statement_timeout)
             with contextlib.closing(other):
                 other.cmd_query(f"KILL QUERY {connection_id}")
 

@@ -159,7 +159,7 @@ def frozen(server: MariaDB) -> Iterator[None]:
 
 
 @contextmanager
-def changed(server: MariaDB, variable: str, value: int) -> Iterator[None]:
+def changed(server: MariaDB, variable: str, value: int | str) -> Iterator[None]:
     """Another value of a global variable."""
     before = server.sql(f"SELECT @@GLOBAL.{variable}")
     server.sql(f"SET GLOBAL {variable} = {value}")
