@@ -14,7 +14,8 @@ DESCRIPTION
     limit all senders of a domain, or of the service, together: a send is charged to its sender and
     to these pools, or to none.
 
-    -c FILE    the configuration (default: saslquota.json beside this script)
+    -c FILE    the configuration (default: saslquota.json beside this script; if there is none,
+               /etc/saslquota/saslquota.json)
     --check    read configuration and rules, look at the store, print what was found and what each
                rule means in plain words; exit 0 or 1; create and change nothing
     --version  print the version
@@ -103,6 +104,7 @@ import json
 import logging
 import math
 import os
+import pwd
 import queue
 import random
 import re
@@ -121,6 +123,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from logging.handlers import SysLogHandler
 from pathlib import Path
 from typing import Any, NamedTuple
+
+# All above this, and the syntax of all below, is that of Python 3.8, so that this comes first.
+if sys.version_info < (3, 11):  # noqa: UP036
+    raise SystemExit("saslquota: needs Python 3.11 or newer")
 
 __version__ = "2.1.0"
 
@@ -1205,15 +1211,33 @@ class SQLiteStore(Store):
             self._run("PRAGMA journal_mode = WAL")
             self._run("PRAGMA synchronous = FULL")
             self._run(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
+            self._run(f"PRAGMA journal_size_limit = {WAL_PAGES * 4096}")  # after a long reader
             for statement in self.SCHEMA:
                 self._run(statement)
-            self._run("BEGIN IMMEDIATE")
-            self._run("ROLLBACK")
+            self._run("PRAGMA user_version = 1")  # a full disk takes no more
             self._inode = self._path.stat().st_ino
             log.info("connected: %s", self)
         except (sqlite3.Error, StoreError, OSError) as error:
             self.close()
-            raise Unavailable(f"{self._path}: {error}") from None
+            raise Unavailable(f"{self._path}: {error}{self._remedy()}") from None
+
+    def _remedy(self) -> str:
+        """What to do about files that the daemon may not write, if there are any. For root it is
+        the owner of their directory that the daemon runs as."""
+        directory = self._path.parent
+        if not directory.is_dir():
+            return ""
+        user = os.geteuid() or directory.stat().st_uid
+        name = user_name(user)
+        if not is_writable(directory, user):
+            return f" - {name} may not write to {directory}: let _sqlitefile be where it may"
+        paths = [Path(f"{self._path}{suffix}") for suffix in ("", "-wal", "-shm")]
+        closed = [path for path in paths if path.exists() and not is_writable(path, user)]
+        if not closed:
+            return ""
+        owner = user_name(closed[0].stat().st_uid)
+        remedy = f"run chown {name} {' '.join(map(str, closed))}"
+        return f" - {closed[0]} belongs to {owner}, {name} may not write to it: {remedy}"
 
     def now(self) -> int:
         if not self._connection:
@@ -1256,12 +1280,27 @@ class SQLiteStore(Store):
             self._connection = sqlite3.connect(uri, uri=True, timeout=self.statement_timeout)
             self._run(f"SELECT {COLUMNS} FROM sends LIMIT 0")
         except (sqlite3.Error, StoreError) as error:
-            raise Unavailable(f"{self._path}: {error}") from None
+            raise Unavailable(f"{self._path}: {error}{self._remedy()}") from None
         finally:
             self.close()
-        if not os.access(self._path, os.W_OK):
-            raise Unavailable(f"{self._path}: not writable")
+        if remedy := self._remedy():
+            raise Unavailable(f"{self._path}: not writable{remedy}")
         return f"{self}: table sends found"
+
+
+def is_writable(path: Path, user: int) -> bool:
+    """Whether a user may write a file: ourselves, or for root another one, at a guess."""
+    if user == os.geteuid():
+        return os.access(path, os.W_OK)
+    found = path.stat()
+    return found.st_uid == user or bool(found.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+
+
+def user_name(user: int) -> str:
+    try:
+        return pwd.getpwuid(user).pw_name
+    except KeyError:
+        return str(user)
 
 
 def load_connector() -> Any:
@@ -3005,6 +3044,7 @@ def check_setup(config: Config) -> int:
 
 # --- main -----------------------------------------------------------------------------------------
 
+SYSTEM_CONFIG = Path("/etc/saslquota/saslquota.json")  # after `pip install`
 SHUTDOWN_GRACE = 2.0  # seconds for the store when the daemon is told to stop; then the fallback
 
 
@@ -3119,17 +3159,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="saslquota.py", description="Postfix policy daemon: sending quotas for SASL senders"
     )
-    default = Path(__file__).resolve().with_name("saslquota.json")
+    beside = Path(__file__).resolve().with_name("saslquota.json")
+    default = beside if beside.exists() else SYSTEM_CONFIG
     parser.add_argument("-c", metavar="FILE", dest="config", type=Path, default=default)
     parser.add_argument("--check", action="store_true", help="look at everything, change nothing")
     parser.add_argument("--version", action="version", version=f"saslquota {__version__}")
     arguments = parser.parse_args(argv)
     try:
         config = load_config(arguments.config, os.environ)
-        return check_setup(config) if arguments.check else run_daemon(config)
+        if not arguments.check:
+            return run_daemon(config)
+        status = check_setup(config)
+        sys.stdout.flush()
+        return status
     except SaslQuotaError as error:
         print(f"saslquota: {error}", flush=True)
-        return 1
+    except BrokenPipeError:  # --check | head; what is left must not be written at the exit, either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """The contract of a Store, over every real one, with one ledger and with several at once."""
 
+import sqlite3
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -534,6 +535,29 @@ def test_a_file_that_is_no_database_is_told_and_kept(tmp_path: Path, content: by
     with pytest.raises(Unavailable, match=r"ledger\.db: file is not a database"):
         SQLiteStore(path, 1).open()
     assert path.read_bytes() == content
+
+
+def test_the_log_of_sqlite_shrinks_after_a_long_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a reader keeps its snapshot, the write-ahead log grows; then it is cut."""
+    monkeypatch.setattr(saslquota, "WAL_PAGES", 100)
+    path, wal = tmp_path / "ledger.db", tmp_path / "ledger.db-wal"
+    store = SQLiteStore(path, 5)
+    store.open()
+
+    def write(account: str) -> None:
+        for seq in range(1, 501):
+            store.append([row(account, seq, seq)])
+
+    with closing(sqlite3.connect(path, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT COUNT(*) FROM sends").fetchall()
+        write("a")
+        assert wal.stat().st_size > 10 * 100 * 4096
+    write("b")
+    assert wal.stat().st_size < 2 * 100 * 4096
+    store.close()
 
 
 # --- Hosts and TLS --------------------------------------------------------------------------------
