@@ -30,6 +30,7 @@ from servers.ports import LOOPBACK, free_port, is_listening
 from servers.postfix import Postfix
 from servers.process import ROOT, Process, clean_environment, run, wait_for
 
+import saslquota
 from saslquota import Config, load_config, load_rules
 
 NAMES = ["README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md"]
@@ -545,6 +546,20 @@ def test_the_unix_socket(daemon: START, stock: Path, new_directory: Callable[[],
     postconf(SOCKET_MAIN, stock)
     (path,) = re.findall("^saslquota = check_policy_service unix:(.*)$", main_cf(stock), re.M)
     assert (queue / path).is_socket()
+
+
+PIP_FILES = block(INSTALL, "With pip", "sh")
+
+
+def test_settings_after_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script lies in site-packages then, without any settings beside it."""
+    etc, packages = tmp_path / "etc", tmp_path / "packages"
+    shell(PIP_FILES.replace("/etc/saslquota", str(etc)), ("-g saslquota ", ""))
+    assert modes(etc, etc / "saslquota.json") == ["0o755", "0o640"]
+    packages.mkdir()
+    monkeypatch.setattr(saslquota, "__file__", str(packages / "saslquota.py"))
+    monkeypatch.setattr(saslquota, "SYSTEM_CONFIG", etc / "saslquota.json")
+    assert saslquota.main(["--check"]) == 0
 
 
 # --- MySQL ----------------------------------------------------------------------------------------
