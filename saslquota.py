@@ -2334,8 +2334,8 @@ class LockedAccounts:
             return
         locked = self._ledger.still_locked(list(self._entries.values()))
         self._entries = {entry.account: entry for entry in locked}
-        now = time.monotonic()  # in MySQL the look takes seconds, in which all others wait
-        self._next_look = now + max(LOCKED_ACCOUNT_RETRY, 10 * (now - began))
+        now = time.monotonic()  # in MySQL the look takes tenths of a second, in which all wait
+        self._next_look = now + max(LOCKED_ACCOUNT_RETRY, 5 * (now - began))
 
     def are_needed_for(self, charge: Charge) -> bool:
         return bool(self._entries) and any(d.account in self._entries for d in charge.debits)
