@@ -1070,6 +1070,8 @@ class Store:
         self._connection: Any = None
         self._error: type[Exception] = StoreError  # what the connection raises
         self._in_locking_transaction = False
+        self._connected_line = ""  # the last one in the log
+        self._same_line = RateLimit(REMINDER_INTERVAL)
 
     def open(self, deadline: float = math.inf) -> None:
         """Connect anew and make sure that sends can be read and written. Begins nothing after the
@@ -1082,6 +1084,12 @@ class Store:
             with contextlib.suppress(self._error, OSError):
                 self._connection.close()
             self._connection = None
+
+    def _log_connected(self, line: str) -> None:
+        """Once a minute: with a full disk one can connect time and again."""
+        if self._same_line.allows() or line != self._connected_line:
+            self._connected_line = line
+            log.info("connected: %s", line)
 
     def now(self) -> int:
         """The database's time in microseconds since 1970, UTC."""
@@ -1216,7 +1224,7 @@ class SQLiteStore(Store):
                 self._run(statement)
             self._run("PRAGMA user_version = 1")  # a full disk takes no more
             self._inode = self._path.stat().st_ino
-            log.info("connected: %s", self)
+            self._log_connected(str(self))
         except (sqlite3.Error, StoreError, OSError) as error:
             self.close()
             raise Unavailable(f"{self._path}: {error}{self._remedy()}") from None
@@ -1456,7 +1464,7 @@ class MySQLStore(Store):
                 self._connection = connect(self._config, self._hosts[0], self.statement_timeout)
                 self._prepare()
                 self._host_failed = False
-                log.info("connected: %s, %s", self, self._connector)
+                self._log_connected(f"{self}, {self._connector}")
                 return
             except (self._error, StoreError, OSError) as error:
                 self.close()
@@ -2265,7 +2273,7 @@ class Outage:
     state    charges                   ends when
     up       are decided               the store fails, or a charge is not decided in time: down
     down     get the fallback at once  the store can be opened, tried every RECONNECT_INTERVAL: up;
-                                       the log says so when the first charge has been decided
+                                       the log says so when the first charge has been accepted
 
     begin() is called by the committer and by the watchdog; the other states are the committer's.
     """
@@ -2304,7 +2312,7 @@ class Outage:
             self.lasts = False
 
     def end(self) -> None:
-        """A charge has been decided."""
+        """A charge has been accepted, and written."""
         if self._logged_at is not None and not self.lasts:
             self._logged_at = None
             log.warning("sends are counted again")
@@ -2498,7 +2506,8 @@ class Committer(threading.Thread):
             pending.answer(verdict)
         if time.monotonic() > deadline:
             raise TimedOut("timed out: a batch took longer than _dbtimeout")
-        self._outage.end()
+        if any(verdict.accepted for verdict in verdicts):  # it could be written
+            self._outage.end()
 
     def _without_locked(self, batch: Sequence[PendingCharge]) -> Sequence[PendingCharge]:
         """What somebody still waits for; the fallback for what needs a locked account."""
