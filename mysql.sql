@@ -14,4 +14,4 @@ CREATE TABLE IF NOT EXISTS sends (
     token       BIGINT       NOT NULL COMMENT 'one random number for each INSERT',
     PRIMARY KEY (account, seq),
     KEY sends_at (at)
-) ENGINE=InnoDB DEFAULT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin;
+) ENGINE=InnoDB ROW_FORMAT=DYNAMIC DEFAULT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin;

@@ -14,7 +14,8 @@ DESCRIPTION
     message. Rules for "@domain" and "*" limit all senders of a domain, or of the service, together:
     a send is charged to its sender and to these pools, or to none.
 
-    -c FILE    the configuration (default: saslquota.json beside this script)
+    -c FILE    the configuration (default: saslquota.json beside this script; if there is none,
+               /etc/saslquota/saslquota.json)
     --check    read configuration and rules, look at the store, print what was found and what each
                rule means in plain words; exit 0 or 1; create and change nothing
     --version  print the version
@@ -104,6 +105,7 @@ import json
 import logging
 import math
 import os
+import pwd
 import queue
 import random
 import re
@@ -122,6 +124,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from logging.handlers import SysLogHandler
 from pathlib import Path
 from typing import Any, NamedTuple
+
+# All above this, and the syntax of all below, is that of Python 3.8, so that this comes first.
+if sys.version_info < (3, 11):  # noqa: UP036
+    raise SystemExit("saslquota: needs Python 3.11 or newer")
 
 __version__ = "2.1.0"
 
@@ -515,6 +521,14 @@ def split_host(name: str, port: int) -> tuple[str, int] | None:
     if not found or not 0 < int(found[4] or port) < 65536:
         return None
     return found[1] or found[2] or found[3], int(found[4] or port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether what is sent to this host stays on this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 def read_domain(value: Any) -> str:
@@ -1084,6 +1098,8 @@ def format_reply(action: str) -> bytes:
 HEAD_ROWS = 8  # the newest entries that come with an account's head: most windows hold no more
 PURGE_ROWS = 50  # in one DELETE: a millisecond or two
 LOCK_WAIT = 1  # seconds for a lock in MySQL: as short as it can be, for all others wait too
+OLDEST_CONNECTOR = 9, 2  # of mysql-connector-python: read_timeout came with it
+LOCK_PROBE = 0.1  # seconds for a lock in MySQL, when it is tried which account is locked
 WAL_PAGES = 8000  # of 4 KiB that SQLite gathers in its log before it sorts them into the file
 
 
@@ -1136,6 +1152,8 @@ class Store:
         self._connection: Any = None
         self._error: type[Exception] = StoreError  # what the connection raises
         self._in_locking_transaction = False
+        self._connected_line = ""  # the last one in the log
+        self._same_line = RateLimit(REMINDER_INTERVAL)
 
     def open(self, deadline: float = math.inf) -> None:
         """Connect anew and make sure that sends can be read and written. Begins nothing after the
@@ -1149,6 +1167,12 @@ class Store:
         if connection:
             with contextlib.suppress(self._error, OSError):
                 connection.close()
+
+    def _log_connected(self, line: str) -> None:
+        """Once a minute: with a full disk one can connect time and again."""
+        if self._same_line.allows() or line != self._connected_line:
+            self._connected_line = line
+            log.info("connected: %s", line)
 
     def now(self) -> int:
         """The database's time in microseconds since 1970, UTC."""
@@ -1232,8 +1256,8 @@ class Store:
         self._run("COMMIT")
 
     def wait_for_locks(self, wait: bool) -> None:
-        """Set how long a statement waits for another session's locks: LOCK_WAIT, the default, or as
-        little as the database allows, in MariaDB not at all."""
+        """Whether a statement waits LOCK_WAIT for another session's locks, as it does at first, or
+        not at all. (In MySQL it always does: that is the least that there is.)"""
 
     def locked(self, entries: Sequence[Entry]) -> list[Entry]:
         """Which of these entries, one of an account, cannot be appended because another session has
@@ -1299,15 +1323,33 @@ class SQLiteStore(Store):
             self._run("PRAGMA journal_mode = WAL")
             self._run("PRAGMA synchronous = FULL")
             self._run(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
+            self._run(f"PRAGMA journal_size_limit = {WAL_PAGES * 4096}")  # after a long reader
             for statement in self.SCHEMA:
                 self._run(statement)
-            self._run("BEGIN IMMEDIATE")
-            self._run("ROLLBACK")
+            self._run("PRAGMA user_version = 1")  # a full disk takes no more
             self._inode = self._path.stat().st_ino
-            log.info("connected: %s", self)
+            self._log_connected(str(self))
         except (sqlite3.Error, StoreError, OSError) as error:
             self.close()
-            raise Unavailable(f"{self._path}: {error}") from None
+            raise Unavailable(f"{self._path}: {error}{self._remedy()}") from None
+
+    def _remedy(self) -> str:
+        """What to do about files that the daemon may not write, if there are any. For root it is
+        the owner of their directory that the daemon runs as."""
+        directory = self._path.parent
+        if not directory.is_dir():
+            return ""
+        user = os.geteuid() or directory.stat().st_uid
+        name = user_name(user)
+        if not is_writable(directory, user):
+            return f" - {name} may not write to {directory}: let _sqlitefile be where it may"
+        paths = [Path(f"{self._path}{suffix}") for suffix in ("", "-wal", "-shm")]
+        closed = [path for path in paths if path.exists() and not is_writable(path, user)]
+        if not closed:
+            return ""
+        owner = user_name(closed[0].stat().st_uid)
+        remedy = f"run chown {name} {' '.join(map(str, closed))}"
+        return f" - {closed[0]} belongs to {owner}, {name} may not write to it: {remedy}"
 
     def now(self) -> int:
         if not self._connection:
@@ -1350,12 +1392,27 @@ class SQLiteStore(Store):
             self._connection = sqlite3.connect(uri, uri=True, timeout=self.statement_timeout)
             self._run(f"SELECT {COLUMNS} FROM sends LIMIT 0")
         except (sqlite3.Error, StoreError) as error:
-            raise Unavailable(f"{self._path}: {error}") from None
+            raise Unavailable(f"{self._path}: {error}{self._remedy()}") from None
         finally:
             self.close()
-        if not os.access(self._path, os.W_OK):
-            raise Unavailable(f"{self._path}: not writable")
+        if remedy := self._remedy():
+            raise Unavailable(f"{self._path}: not writable{remedy}")
         return f"{self}: table sends found"
+
+
+def is_writable(path: Path, user: int) -> bool:
+    """Whether a user may write a file: ourselves, or for root another one, at a guess."""
+    if user == os.geteuid():
+        return os.access(path, os.W_OK)
+    found = path.stat()
+    return found.st_uid == user or bool(found.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+
+
+def user_name(user: int) -> str:
+    try:
+        return pwd.getpwuid(user).pw_name
+    except KeyError:
+        return str(user)
 
 
 def load_connector() -> Any:
@@ -1363,13 +1420,19 @@ def load_connector() -> Any:
     not load any more when the interpreter's ssl has come first."""
     with contextlib.suppress(ImportError):
         importlib.import_module("_mysql_connector")
+    remedy = (
+        "run /opt/saslquota/venv/bin/pip install -U mysql-connector-python"
+        " (or pip install -U with the Python that runs saslquota)"
+    )
     try:
-        return importlib.import_module("mysql.connector")
+        connector = importlib.import_module("mysql.connector")
     except ImportError:
-        raise Unavailable(
-            "mysql-connector-python is missing: run /opt/saslquota/venv/bin/pip install"
-            " mysql-connector-python (or pip install with the Python that runs saslquota)"
-        ) from None
+        raise Unavailable(f"mysql-connector-python is missing: {remedy}") from None
+    if connector.version.VERSION[:2] < OLDEST_CONNECTOR:
+        needed = ".".join(map(str, OLDEST_CONNECTOR))
+        found = f"mysql-connector-python {connector.__version__} is too old"
+        raise Unavailable(f"{found}, {needed} or newer is needed: {remedy}, and restart saslquota")
+    return connector
 
 
 def connection_options(config: Config, host: str) -> dict[str, Any]:
@@ -1385,12 +1448,41 @@ def connection_options(config: Config, host: str) -> dict[str, Any]:
     return {**where, **tls, **user}
 
 
+def connect(config: Config, host: str, timeout: float) -> Any:
+    """Connect to a host in _myhost; `timeout` is that of each statement, too, in seconds. Raises
+    Unavailable, and what the connector raises.
+
+    The pure Python connector answers a server without TLS, or somebody in between who says that
+    there is none, with the password in clear text.
+    """
+    connector = load_connector()
+    options = connection_options(config, host)
+    if not (connector.HAVE_CEXT or config.mysslca or is_loopback(options.get("host", "localhost"))):
+        raise Unavailable(
+            "mysql-connector-python has no C extension here, and without it the password may go"
+            " over the network in clear text: set _mysslca, see SECURITY.md"
+        )
+    return connector.connect(
+        **options,
+        charset="utf8mb4",
+        collation="utf8mb4_bin",
+        autocommit=True,
+        use_pure=not connector.HAVE_CEXT,
+        connection_timeout=timeout,
+        read_timeout=timeout,
+        write_timeout=timeout,
+    )
+
+
 def with_remedy(error: Exception, config: Config) -> str:
     """An error of MySQL's with its remedy, where there is one."""
     grant = f"grant all on {config.mydb}.* to the user of the error message"
+    no_tls = "turn on TLS in the server, or use its Unix socket: _myhost unix:/path"
+    is_pure = not load_connector().HAVE_CEXT  # it reports a lack of TLS as a wrong password
     remedies = {
         1044: grant,
-        1045: f"check _myuser and _mypasswd in {config.path}, and {grant}",
+        1045: f"check _myuser and _mypasswd in {config.path}, and {grant}"
+        + (f"; if caching_sha2_password lacks TLS, {no_tls}" if is_pure else ""),
         1049: f"create database {config.mydb}",
         1054: f"the table sends is not that of mysql.sql; run mysql {config.mydb} < mysql.sql"
         " after renaming it",
@@ -1398,11 +1490,39 @@ def with_remedy(error: Exception, config: Config) -> str:
         1146: f"run mysql {config.mydb} < mysql.sql",
         2002: "is the server running? check _myhost",
         2003: "is the server running? check _myhost and _myport",
+        2061: f"the server has no TLS: {no_tls}",
     }
     cause = error.__cause__ if isinstance(error, StoreError) else error
     number = getattr(cause, "errno", None)
     message = " ".join(str(error).split())
     return f"{message} - {remedies[number]}" if number in remedies else message
+
+
+LOCK_TIMEOUTS = frozenset({1205, 1317})  # 1317: see MySQLStore._interrupted_soon()
+# 1062 duplicate key, 1213 deadlock (Galera: certification), 3101 Group Replication, 1020 record
+# changed since the snapshot (MariaDB 11)
+CONFLICTS = frozenset({1062, 1213, 3101, 1020})
+CONNECTION_LOST = frozenset({2006, 2013, 2055, 4031, errno.EPIPE, errno.ECONNRESET})
+
+
+def store_error(error: Exception) -> StoreError:
+    """What an error of MySQL's means."""
+    number = getattr(error, "errno", None)
+    if number in LOCK_TIMEOUTS:
+        return LockTimeout(str(error))
+    # 1180 with error 149 is a deadlock at commit (Group Replication).
+    if number in CONFLICTS or (number == 1180 and "error 149" in str(error)):
+        return Conflict(str(error))
+    return Unavailable(str(error))
+
+
+def with_literals(sql: str, values: Sequence[int | str]) -> str:
+    """The statement with its values as literals. Texts go as hexadecimal: there is nothing to
+    escape, whatever the server's sql_mode."""
+    literals = [
+        f"_utf8mb4 x'{value.encode().hex()}'" if type(value) is str else value for value in values
+    ]
+    return sql.replace("?", "%s") % tuple(literals)
 
 
 class MySQLStore(Store):
@@ -1411,9 +1531,6 @@ class MySQLStore(Store):
     SELECT_AT = "TIMESTAMPDIFF(MICROSECOND, '1970-01-01', at)"
     BIND_TIME = "TIMESTAMP '1970-01-01 00:00:00' + INTERVAL ? MICROSECOND"
     FOR_UPDATE = " FOR UPDATE"
-    # Duplicate key; deadlock, or Galera's certification; Group Replication; MariaDB 11's snapshot.
-    CONFLICTS = frozenset({1062, 1213, 3101, 1020})
-    LOCK_WAIT_TIMEOUT = 1205
     # Writes nothing, but fails wherever a send would: read-only, a global lock, no right to.
     TRY_INSERT = f"INSERT INTO sends ({COLUMNS}) SELECT {COLUMNS} FROM sends WHERE FALSE"
 
@@ -1423,7 +1540,7 @@ class MySQLStore(Store):
         self._config = config
         self._hosts = collections.deque(config.myhost)
         self._cursor: Any = None
-        self._host_failed = False  # the current one has
+        self._host_failed = False  # the current one has: another goes first
         self._is_galera = self._is_mariadb = self._waits_for_locks = False
         self._version = self._connector = ""  # the server's; the connector's, with its kind
 
@@ -1446,9 +1563,10 @@ class MySQLStore(Store):
             if failures and time.monotonic() + self.statement_timeout > deadline:
                 break
             try:
-                self._connect(connector, self._hosts[0])
+                self._connection = connect(self._config, self._hosts[0], self.statement_timeout)
+                self._prepare()
                 self._host_failed = False
-                log.info("connected: %s, %s", self, self._connector)
+                self._log_connected(f"{self}, {self._connector}")
                 return
             except (self._error, StoreError, OSError) as error:
                 self.close()
@@ -1456,17 +1574,8 @@ class MySQLStore(Store):
                 self._hosts.rotate(-1)
         raise Unavailable("; ".join(failures))
 
-    def _connect(self, connector: Any, host: str) -> None:
-        self._connection = connector.connect(
-            **connection_options(self._config, host),
-            charset="utf8mb4",
-            collation="utf8mb4_bin",
-            autocommit=True,
-            use_pure=not connector.HAVE_CEXT,
-            connection_timeout=self.statement_timeout,
-            read_timeout=self.statement_timeout,
-            write_timeout=self.statement_timeout,
-        )
+    def _prepare(self) -> None:
+        """Make the session what the daemon needs, and sure that it takes sends."""
         self._cursor = self._connection.cursor()  # one for all: making one pings the server
         for lock in ("innodb_lock_wait_timeout", "lock_wait_timeout"):
             self._run(f"SET SESSION {lock} = {LOCK_WAIT}")
@@ -1482,40 +1591,29 @@ class MySQLStore(Store):
         (row,) = self._run("SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(6))")
         return int(row[0])
 
-    @staticmethod
-    def _with_literals(sql: str, values: Sequence[int | str]) -> str:
-        """The statement with its values as literals. Texts go as hexadecimal: there is nothing to
-        escape, whatever the server's sql_mode."""
-        literals = [
-            f"_utf8mb4 x'{value.encode().hex()}'" if type(value) is str else value
-            for value in values
-        ]
-        return sql.replace("?", "%s") % tuple(literals)
-
     def _execute(self, sql: str, values: Sequence[int | str]) -> list[Any]:
         if not self._connection:
             raise Unavailable("not connected")
+        began = time.monotonic()
         try:
-            statement = self._with_literals(sql, values) if values else sql
+            statement = with_literals(sql, values) if values else sql
             if sql.startswith("INSERT"):  # no rows: spare what a cursor does around it
                 self._connection.cmd_query(statement)
                 return []
             self._cursor.execute(statement)
             return self._cursor.fetchall() if self._cursor.with_rows else []
         except (self._error, OSError) as error:
-            number = getattr(error, "errno", None)
-            if number == self.LOCK_WAIT_TIMEOUT:
-                raise LockTimeout(str(error)) from error
-            if number in self.CONFLICTS:
-                raise Conflict(str(error)) from error
-            self._host_failed = True
-            raise Unavailable(str(error)) from error
+            found = store_error(error)
+            if isinstance(found, Unavailable):  # or the connection was just idle for too long
+                is_gone = getattr(error, "errno", None) in CONNECTION_LOST
+                self._host_failed = not is_gone or time.monotonic() - began > 1
+            raise found from error
 
     def _run_each(self, sql: str, many: Sequence[Sequence[int | str]]) -> list[Any]:
         """In one statement: a round trip may be long."""
         if not many:
             return []
-        selects = [f"({self._with_literals(sql, values)})" for values in many]
+        selects = [f"({with_literals(sql, values)})" for values in many]
         return self._run(" UNION ALL ".join(selects))
 
     def newest_entries(self, accounts: Sequence[str], *, take_locks: bool) -> list[StoredEntry]:
@@ -1531,8 +1629,8 @@ class MySQLStore(Store):
 
     def wait_for_locks(self, wait: bool) -> None:
         self._waits_for_locks = wait
-        seconds = 0 if self._is_mariadb and not wait else LOCK_WAIT
-        self._run(f"SET SESSION innodb_lock_wait_timeout = {seconds}")
+        if self._is_mariadb:
+            self._run(f"SET SESSION innodb_lock_wait_timeout = {LOCK_WAIT if wait else 0}")
 
     def locked(self, entries: Sequence[Entry]) -> list[Entry]:
         try:
@@ -1541,7 +1639,7 @@ class MySQLStore(Store):
             raise Unavailable(f"the table is locked by another session: {error}") from None
         waits = self._waits_for_locks
         self.wait_for_locks(False)
-        # In MySQL each look at what is locked takes LOCK_WAIT, whatever is locked besides.
+        # In MySQL what is locked takes LOCK_PROBE each time: once is best.
         groups = [entries] if self._is_mariadb else [[entry] for entry in entries]
         found = [entry for group in groups for entry in self._locked_among(group)]
         self.wait_for_locks(waits)
@@ -1551,7 +1649,8 @@ class MySQLStore(Store):
         """Find by bisection what cannot be appended, though nothing has its key."""
         self._run("BEGIN")
         try:
-            self.append(entries)
+            with self._interrupted_soon():
+                self.append(entries)
             return []
         except Conflict as error:
             if len(entries) == 1:
@@ -1560,6 +1659,27 @@ class MySQLStore(Store):
             self._run("ROLLBACK")
         half = len(entries) // 2
         return self._locked_among(entries[:half]) + self._locked_among(entries[half:])
+
+    @contextlib.contextmanager
+    def _interrupted_soon(self) -> Iterator[None]:
+        """Let a statement wait LOCK_PROBE at most for a lock. Only for what is rolled back."""
+        if self._is_mariadb:  # see wait_for_locks()
+            yield
+            return
+        timer = threading.Timer(LOCK_PROBE, self._interrupt, [self._connection.connection_id])
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            timer.join()
+
+    def _interrupt(self, connection_id: int) -> None:
+        """End a statement by another connection; without one it ends by itself, after LOCK_WAIT."""
+        with contextlib.suppress(self._error, OSError):
+            other = connect(self._config, self._hosts[0], self.statement_timeout)
+            with contextlib.closing(other):
+                other.cmd_query(f"KILL QUERY {connection_id}")
 
     def tokens(self, entries: Sequence[Entry]) -> set[int]:
         if self._is_galera:  # another node's commit may still be on its way
@@ -2373,7 +2493,7 @@ class Outage:
     state    charges                   ends when
     up       are decided               the store fails, or a charge is not decided in time: down
     down     get the fallback at once  the store can be opened, tried every RECONNECT_INTERVAL: up;
-                                       the log says so when the first charge has been decided
+                                       the log says so when the first charge has been accepted
 
     begin() is called by the committer and the watchdog, close() by the main thread, the others by
     the committer alone. The watchdog sees only that the time is up: the committer may know why.
@@ -2423,7 +2543,7 @@ class Outage:
             self.lasts = self._is_final = True
 
     def end(self) -> None:
-        """A charge has been decided."""
+        """A charge has been accepted, and written."""
         if self._is_logged and not self.lasts:
             self._is_logged = self._is_cause_logged = False
             self._next_reminder = 0.0
@@ -2458,8 +2578,8 @@ class LockedAccounts:
             log.warning("account %s: no longer locked, sends are counted again", account)
         self._entries = {entry.account: entry for entry in locked}
         self._ledger.wait_for_locks(not locked)
-        now = time.monotonic()  # in MySQL it takes a second for each, in which all others wait
-        self._next_recheck = now + max(LOCKED_ACCOUNT_RETRY, 10 * (now - began))
+        now = time.monotonic()  # in MySQL it takes tenths of a second, in which all others wait
+        self._next_recheck = now + max(LOCKED_ACCOUNT_RETRY, 5 * (now - began))
 
     def are_needed_for(self, charge: Charge) -> bool:
         return bool(self._entries) and any(d.account in self._entries for d in charge.debits)
@@ -2630,7 +2750,8 @@ class Committer(threading.Thread):
             pending.answer(verdict)
         if time.monotonic() > deadline:
             raise TimedOut("timed out: a batch took longer than _dbtimeout")
-        self._outage.end()
+        if any(verdict.accepted for verdict in verdicts):  # it could be written
+            self._outage.end()
 
     def _without_locked(self, batch: Sequence[PendingCharge]) -> Sequence[PendingCharge]:
         """What somebody still waits for; the fallback for what needs a locked account."""
@@ -3189,6 +3310,7 @@ def check_setup(config: Config) -> int:
 
 # --- main -----------------------------------------------------------------------------------------
 
+SYSTEM_CONFIG = Path("/etc/saslquota/saslquota.json")  # after `pip install`
 SHUTDOWN_GRACE = 2.0  # seconds for the store when the daemon is told to stop; then the fallback
 
 
@@ -3303,17 +3425,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="saslquota.py", description="Postfix policy daemon: sending quotas for SASL senders"
     )
-    default = Path(__file__).resolve().with_name("saslquota.json")
+    beside = Path(__file__).resolve().with_name("saslquota.json")
+    default = beside if beside.exists() else SYSTEM_CONFIG
     parser.add_argument("-c", metavar="FILE", dest="config", type=Path, default=default)
     parser.add_argument("--check", action="store_true", help="look at everything, change nothing")
     parser.add_argument("--version", action="version", version=f"saslquota {__version__}")
     arguments = parser.parse_args(argv)
     try:
         config = load_config(arguments.config, os.environ)
-        return check_setup(config) if arguments.check else run_daemon(config)
+        if not arguments.check:
+            return run_daemon(config)
+        status = check_setup(config)
+        sys.stdout.flush()
+        return status
     except SaslQuotaError as error:
         print(f"saslquota: {error}", flush=True)
-        return 1
+    except BrokenPipeError:  # --check | head; what is left must not be written at the exit, either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
 
 
 if __name__ == "__main__":

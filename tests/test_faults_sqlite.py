@@ -3,6 +3,8 @@ the log names the trouble, and counting goes on as soon as it can."""
 
 import os
 import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
@@ -19,7 +21,7 @@ from servers.clock import (
     set_clock,
     set_clock_under_load,
 )
-from servers.daemon import Daemon, Unprivileged
+from servers.daemon import SERVICE, Daemon, Unprivileged, as_user
 from servers.disk import full, locked, slow_sync, small_disk, stalled
 from servers.load import (
     CONFIG,
@@ -174,16 +176,22 @@ def disk(new_directory: Callable[[], Path]) -> Iterator[Path]:
 
 
 def test_a_full_disk(disk: Path, daemon: StartDaemon) -> None:
+    """The log says so once, not at each attempt."""
     path = disk / "saslquota.db"
     counting = daemon({**CONFIG, "_sqlitefile": str(path)}, RULES)
     with Load(counting.port) as load:
         for _ in range(2):
             load.wait(OK, 10, 100)
+            before = len(counting.log())
             with full(disk):
                 load.wait(DEFERRED, 30, 50)
                 wait_for_log(counting, "database unavailable.*(full|disk I/O error)")
-                pause(1)
+                pause(6)
+                log = counting.log()[before:]
             load.counts_within()
+            lines = [line for line in log.splitlines() if "sasl_username=" not in line]
+            assert sum("connected: " in line for line in lines) <= 1, lines  # one page had room
+            assert sum("connected: " not in line for line in lines) == 1, lines
     audit_all(path, load)
     assert "Traceback" not in counting.log()
 
@@ -200,6 +208,29 @@ def test_a_file_that_may_not_be_written(new_directory: Callable[[], Path]) -> No
         path.chmod(0o666)
         load.counts_within()
     audit_all(counting.ledger, load)
+
+
+@pytest.mark.parametrize("suffix", ["", "-wal"])
+def test_a_file_that_belongs_to_root(new_directory: Callable[[], Path], suffix: str) -> None:
+    """As after a look at it by root: --check and the log say so before the first send."""
+    require("setpriv", root=True)
+    counting = Unprivileged(new_directory(), CONFIG, RULES)
+    with counting, counting.policy() as policy:
+        assert policy.ask() == OK
+        counting.kill9()
+    path = Path(f"{counting.ledger}{suffix}")
+    os.chown(path, 0, 0)
+    remedy = f"{path} belongs to root, nobody may not write to it: run chown nobody {path}"
+    users = [as_user(SERVICE)]
+    if not suffix:  # SQLite as root mends the owner of a -wal
+        users.append([sys.executable])
+    for user in users:
+        command = [*user, counting.directory / "saslquota.py", "--check"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        assert (done.returncode, done.stderr) == (1, "")
+        assert remedy in done.stdout
+    with counting:
+        wait_for_log(counting, f"database unavailable.*{remedy}")
 
 
 def test_a_directory_that_may_not_be_written(new_directory: Callable[[], Path]) -> None:

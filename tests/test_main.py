@@ -1,8 +1,11 @@
 """The command line, and what cannot be started."""
 
+import ast
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +39,51 @@ def test_a_wrong_command_line(capsys: pytest.CaptureFixture[str], arguments: lis
         saslquota.main(arguments)
     assert caught.value.code == 2
     assert "usage: saslquota.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("version", ["3, 8, 10", "3, 9, 2", "3, 10, 12"])
+def test_an_older_python_gets_one_line(version: str) -> None:
+    """The check stands where that Python comes to: the grammar of all is 3.8's."""
+    source = (ROOT / "saslquota.py").read_text("utf-8")
+    tree = ast.parse(source, feature_version=(3, 8))
+    check = next(node for node in tree.body if "version_info" in ast.unparse(node))
+    before = tree.body[1 : tree.body.index(check)]  # without the docstring
+    assert all(isinstance(node, ast.Import | ast.ImportFrom) for node in before)
+    code = (
+        f"import runpy, sys; sys.version_info = ({version}, 'final', 0);"
+        f" runpy.run_path({str(ROOT / 'saslquota.py')!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.stderr == "saslquota: needs Python 3.11 or newer\n"
+    assert (done.returncode, done.stdout) == (1, "")
+
+
+def test_where_the_configuration_is_looked_for(
+    shipped: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Beside the script, else in /etc, as after `pip install`."""
+    assert Path("/etc/saslquota/saslquota.json") == saslquota.SYSTEM_CONFIG
+    monkeypatch.setattr(saslquota, "SYSTEM_CONFIG", shipped / "saslquota.json")
+    monkeypatch.setattr(saslquota, "__file__", str(tmp_path / "saslquota.py"))
+    assert saslquota.main(["--check"]) == 0
+    assert f"{shipped}/saslquota.json: read" in capsys.readouterr().out
+    (tmp_path / "saslquota.json").write_text('{"_nothing": 1}', "utf-8")
+    assert saslquota.main(["--check"]) == 1
+    assert f"{tmp_path}/saslquota.json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lines", [1, 20_000])
+def test_check_into_head(shipped: Path, lines: int) -> None:
+    """Whether the pipe breaks while it prints, or at its end."""
+    rule = {"period": 60, "msgquota": 1}
+    rules = {"default": rule} | {f"{n}.example.com": rule for n in range(lines)}
+    (shipped / "quotarules.json").write_text(json.dumps(rules), "utf-8")
+    script = f"'{sys.executable}' '{shipped}/saslquota.py' --check | true"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 # --- What cannot be started -----------------------------------------------------------------------

@@ -30,6 +30,7 @@ from servers.ports import LOOPBACK, free_port, is_listening
 from servers.postfix import Postfix, any_certificate, is_accepted
 from servers.process import ROOT, Process, clean_environment, run, wait_for
 
+import saslquota
 from saslquota import Config, load_config, load_rules
 
 NAMES = ["README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md"]
@@ -548,6 +549,20 @@ def test_the_unix_socket(daemon: START, stock: Path, new_directory: Callable[[],
     assert (queue / path).is_socket()
 
 
+PIP_FILES = block(INSTALL, "With pip", "sh")
+
+
+def test_settings_after_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script lies in site-packages then, without any settings beside it."""
+    etc, packages = tmp_path / "etc", tmp_path / "packages"
+    shell(PIP_FILES.replace("/etc/saslquota", str(etc)), ("-g saslquota ", ""))
+    assert modes(etc, etc / "saslquota.json") == ["0o755", "0o640"]
+    packages.mkdir()
+    monkeypatch.setattr(saslquota, "__file__", str(packages / "saslquota.py"))
+    monkeypatch.setattr(saslquota, "SYSTEM_CONFIG", etc / "saslquota.json")
+    assert saslquota.main(["--check"]) == 0
+
+
 # --- MySQL ----------------------------------------------------------------------------------------
 
 MYSQL = "MySQL or MariaDB"
@@ -557,15 +572,22 @@ USE_MYSQL = block(INSTALL, MYSQL, "sh", "mysql.sql")
 LEAST_RIGHTS = block("SECURITY.md", "The database account", "sql")
 
 
+@pytest.fixture
+def server(each_server: MariaDB) -> MariaDB:
+    """What the documents say of MySQL and MariaDB is tried on both."""
+    return each_server
+
+
 def test_pip() -> None:
     """The tests' own environment has it already."""
     pip = ("/opt/saslquota/venv/bin/pip", f"{sys.executable} -m pip")
-    assert "already satisfied: mysql-connector-python" in shell(PIP, pip)
+    upgrade = (" -U ", " ")  # which would change it
+    assert "already satisfied: mysql-connector-python" in shell(PIP, pip, upgrade)
 
 
 @pytest.fixture(params=["all rights", "least rights"])
 def named_database(
-    request: pytest.FixtureRequest, mariadb: MariaDB, new_directory: Callable[[], Path]
+    request: pytest.FixtureRequest, server: MariaDB, new_directory: Callable[[], Path]
 ) -> Iterator[Database]:
     """The database that docs/install.md's statements make, but for its name."""
     name, password = "readme", "change-me"
@@ -573,21 +595,21 @@ def named_database(
     if request.param == "least rights":
         create = "".join(s for s in CREATE.splitlines(keepends=True) if "GRANT" not in s)
         rights = LEAST_RIGHTS + LEAST_RIGHTS.replace("localhost", f"'{LOOPBACK}'")
-    client = f"mariadb --no-defaults -uroot -S{mariadb.socket} {name}"
+    client = f"{server.CLIENT} --no-defaults -uroot -S{server.socket} {name}"
     opt = copy_shipped(new_directory())
     try:
-        mariadb.sql(re.sub(r"\bsaslquota\b", name, create))
+        server.sql(re.sub(r"\bsaslquota\b", name, create))
         load, edit = USE_MYSQL.splitlines()
         shell(load, ("mysql saslquota", client))
         shell(edit, ("/opt/saslquota", str(opt)))
-        mariadb.sql(re.sub(r"\bsaslquota\b", name, rights))
+        server.sql(re.sub(r"\bsaslquota\b", name, rights))
         config = load_config(opt / "saslquota.json", {})
         assert (config.store, config.mypasswd, config.loglevel) == ("mysql", password, "INFO")
-        yield Database(mariadb, name, "localhost", mariadb.port, name, password)
+        yield Database(server, name, "localhost", server.port, name, password)
     finally:
-        mariadb.sql(f"DROP DATABASE IF EXISTS {name}")
+        server.sql(f"DROP DATABASE IF EXISTS {name}")
         for host in ("localhost", LOOPBACK):
-            mariadb.sql(f"DROP USER IF EXISTS {name}@'{host}'")
+            server.sql(f"DROP USER IF EXISTS {name}@'{host}'")
 
 
 def test_production_with_mysql(daemon: START, named_database: Database) -> None:
@@ -1125,19 +1147,19 @@ def sqlite_rows(path: Path, statement: str) -> list[str]:
         return ["\t".join(map(str, row)) for row in connection.execute(statement)]
 
 
-@pytest.fixture(params=["SQLite", "MySQL, MariaDB"])
+@pytest.fixture(params=["sqlite", "mariadb", "mysql"])
 def counting(
     request: pytest.FixtureRequest, daemon: START
 ) -> tuple[Daemon, Sql, Callable[[str], str]]:
     """A daemon, what runs SQL in its ledger, and the documented statement with a word in it."""
-    heading = str(request.param)
+    heading = "SQLite" if request.param == "sqlite" else "MySQL, MariaDB"
     if heading == "SQLite":
         started = daemon(rules=QUOTA)
 
         def run_sql(statement: str) -> list[str]:
             return sqlite_rows(started.directory / "saslquota.db", statement)
     else:
-        database: Database = request.getfixturevalue("database")
+        database: Database = request.getfixturevalue(request.param).create_database()
         started = daemon(database.config(), QUOTA)
 
         def run_sql(statement: str) -> list[str]:

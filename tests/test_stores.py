@@ -1,18 +1,22 @@
 """The contract of a Store, over every real one, with one ledger and with several at once."""
 
+import sqlite3
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import DAY, lone_charge, mysql_config, new_committer, submit
 from servers.audit import SECOND, count_rows
 from servers.mariadb import Database, MariaDB, changed, crowded
+from servers.mysql import MySQL, require_mysql
 from servers.process import ROOT, wait_for
 
 import saslquota
@@ -32,11 +36,18 @@ from saslquota import (
 OpenStore = Callable[[], Store]
 
 
+@pytest.fixture
+def server(each_server: MariaDB) -> MariaDB:
+    return each_server
+
+
 @pytest.fixture(
     params=[
         "sqlite",
-        pytest.param("mariadb", marks=pytest.mark.server),
-        pytest.param("mariadb-pure", marks=pytest.mark.server),
+        *(
+            pytest.param(name, marks=pytest.mark.server)
+            for name in ("mariadb", "mariadb-pure", "mysql", "mysql-pure")
+        ),
     ]
 )
 def new_store(
@@ -52,9 +63,10 @@ def new_store(
         connector = saslquota.load_connector()
         if not connector.HAVE_CEXT:
             pytest.fail("the C extension must be loaded before pytest, as tests/run does")
-        if request.param == "mariadb-pure":
+        name, _, pure = request.param.partition("-")
+        if pure:
             monkeypatch.setattr(connector, "HAVE_CEXT", False)
-        config = mysql_config(request.getfixturevalue("database"))
+        config = mysql_config(request.getfixturevalue(name).create_database())
 
         def make() -> Store:
             return MySQLStore(config)
@@ -325,25 +337,22 @@ def test_connections_killed_in_mid_insert_leave_one_row_each(database: Database)
         for _ in range(25):
             accepted = len(counted.accepted)
             wait_for(lambda n=accepted: len(counted.accepted) > n + 20, 20, "accepted charges")  # type: ignore[misc]
-            ids = database.server.sql(
-                "SELECT id FROM information_schema.processlist"
-                f" WHERE db = '{database.name}' AND user != 'root'"
-            ).split()
+            ids = daemons_connections(database).split()
             database.server.sql("".join(f"KILL {number};" for number in ids))
     assert counted.outages == 0
     assert set(counted.rows_of_accepted(database)) == {1}
 
 
 def test_a_server_frozen_in_mid_insert_leaves_one_row_each(
-    database: Database, mariadb: MariaDB
+    database: Database, server: MariaDB
 ) -> None:
     with Counted(mysql_config(database, dbtimeout=2), 100_000) as counted:
         for _ in range(3):
             accepted, outages = len(counted.accepted), counted.outages
             wait_for(lambda n=accepted: len(counted.accepted) > n + 20, 20, "accepted charges")  # type: ignore[misc]
-            mariadb.freeze()
+            server.freeze()
             wait_for(lambda n=outages: counted.outages > n, 20, "the time-out")  # type: ignore[misc]
-            mariadb.thaw()
+            server.thaw()
     assert set(counted.rows_of_accepted(database)) == {1}
     total = database.sql("SELECT COUNT(*) - MAX(seq) FROM sends WHERE account = 'a'")
     assert total.strip() == "0"
@@ -401,8 +410,8 @@ def test_trouble_is_told_with_its_remedy(
         MySQLStore(mysql_config(database, **changes)).open()
 
 
-def test_a_missing_table_is_told_with_the_command(mariadb: MariaDB) -> None:
-    database = mariadb.create_database(with_table=False)
+def test_a_missing_table_is_told_with_the_command(server: MariaDB) -> None:
+    database = server.create_database(with_table=False)
     store = MySQLStore(mysql_config(database))
     with pytest.raises(Unavailable, match=f"run mysql {database.name} < mysql.sql"):
         store.check()
@@ -419,6 +428,115 @@ def test_the_first_host_that_takes_sends_is_used(database: Database) -> None:
         )
         store.close()
     assert store._hosts[0] == f"localhost:{port}"
+
+
+def test_the_table_where_rows_are_compact_by_default(server: MariaDB) -> None:
+    """1709: index columns that long need ROW_FORMAT=DYNAMIC."""
+    with changed(server, "innodb_default_row_format", "compact"):
+        database = server.create_database()
+    assert "dynamic" in database.sql("SHOW TABLE STATUS LIKE 'sends'").lower()
+
+
+def test_a_deadlock_at_commit_is_a_conflict() -> None:
+    """What Group Replication says of two nodes that have written the same row."""
+
+    class Failure(Exception):
+        errno = 1180
+
+    text = "Got error {} during COMMIT"
+    deadlock = Failure(text.format("149 - 'Lock deadlock; Retry transaction'"))
+    assert type(saslquota.store_error(deadlock)) is Conflict
+    assert type(saslquota.store_error(Failure(text.format("28 - 'No space'")))) is Unavailable
+
+
+# --- The connector --------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["C extension", "pure Python"])
+def connector(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Use each of the connector's implementations."""
+    implementation: str = request.param
+    if implementation == "pure Python":
+        monkeypatch.setattr(saslquota.load_connector(), "HAVE_CEXT", False)
+    return implementation
+
+
+def test_an_old_connector_is_told_in_one_line(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saslquota.load_connector().version, "VERSION", (9, 1, 0, "", 1))
+    with pytest.raises(Unavailable, match=r"too old, 9\.2 or newer.*pip install -U") as caught:
+        MySQLStore(mysql_config(database)).check()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "192.0.2.1:3307", "db.invalid", "127.0.0.1.invalid"])
+def test_no_password_leaves_the_machine_in_clear_text(
+    host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pure connector sends it to whoever says that there is no TLS."""
+    connector = saslquota.load_connector()
+    monkeypatch.setattr(connector, "HAVE_CEXT", False)
+    monkeypatch.setattr(connector, "connect", lambda **_: pytest.fail("it connects"))
+    config = Config(Path("saslquota.json"), myhost=(host,), mypasswd="secret")
+    with pytest.raises(Unavailable, match="clear text: set _mysslca"):
+        MySQLStore(config).open()
+
+
+@pytest.mark.parametrize(
+    ("host", "changes"),
+    [
+        ("127.0.0.1", {}),
+        ("[::1]:3306", {}),
+        ("localhost", {}),
+        ("unix:/run/mysqld/mysqld.sock", {}),
+        ("192.0.2.1", {"mysslca": "ca.pem"}),
+    ],
+)
+def test_where_the_pure_connector_may_connect(
+    host: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connector = saslquota.load_connector()
+    monkeypatch.setattr(connector, "HAVE_CEXT", False)
+    told: list[dict[str, object]] = []
+    monkeypatch.setattr(connector, "connect", lambda **options: told.append(options))
+    saslquota.connect(Config(Path("saslquota.json"), **changes), host, 2)
+    assert [options["use_pure"] for options in told] == [True]
+
+
+class PlainMySQL(MySQL):
+    """A server without TLS."""
+
+    def command(self) -> Sequence[str | Path]:
+        return [*super().command(), "--tls-version="]
+
+
+def test_a_server_without_tls(new_directory: Callable[[], Path], connector: str) -> None:
+    """It takes a caching_sha2_password from its Unix socket only; the error says so."""
+    require_mysql()
+    with PlainMySQL(new_directory()) as server:
+        database = server.create_database()
+        number = 2061 if connector == "C extension" else 1045
+        remedy = "turn on TLS in the server, or use its Unix socket: _myhost unix:/path"
+        with pytest.raises(Unavailable, match=f"{number}.*{remedy}"):
+            MySQLStore(mysql_config(database)).open()
+        store = MySQLStore(mysql_config(database, myhost=(f"unix:{server.socket}",)))
+        store.open()
+        store.close()
+
+
+@pytest.mark.usefixtures("connector")
+@pytest.mark.parametrize("tls", [True, False], ids=["tls", "stripped"])
+def test_with_mysslca_there_is_no_connection_without_tls(
+    new_directory: Callable[[], Path], tls: bool
+) -> None:
+    require_mysql()
+    kind = MySQL if tls else PlainMySQL
+    with kind(new_directory()) as server:
+        database = server.create_database()
+        ca = ROOT / "mysql.sql" if tls else server.directory / "data" / "ca.pem"
+        with pytest.raises(Unavailable, match=r"(?i)certificate|SSL|TLS"):
+            MySQLStore(mysql_config(database, mysslca=str(ca))).open()
 
 
 # --- SQLite in trouble ----------------------------------------------------------------------------
@@ -446,6 +564,29 @@ def test_a_file_that_is_no_database_is_told_and_kept(tmp_path: Path, content: by
     assert path.read_bytes() == content
 
 
+def test_the_log_of_sqlite_shrinks_after_a_long_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a reader keeps its snapshot, the write-ahead log grows; then it is cut."""
+    monkeypatch.setattr(saslquota, "WAL_PAGES", 100)
+    path, wal = tmp_path / "ledger.db", tmp_path / "ledger.db-wal"
+    store = SQLiteStore(path, 5)
+    store.open()
+
+    def write(account: str) -> None:
+        for seq in range(1, 501):
+            store.append([row(account, seq, seq)])
+
+    with closing(sqlite3.connect(path, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT COUNT(*) FROM sends").fetchall()
+        write("a")
+        assert wal.stat().st_size > 10 * 100 * 4096
+    write("b")
+    assert wal.stat().st_size < 2 * 100 * 4096
+    store.close()
+
+
 # --- Hosts and TLS --------------------------------------------------------------------------------
 
 
@@ -464,6 +605,47 @@ def shut_down(server: MariaDB, _database: Database) -> Iterator[None]:
         server.start()
 
 
+@contextmanager
+def two_servers(
+    database: Database, new_directory: Callable[[], Path]
+) -> Iterator[tuple[Ledger, Database]]:
+    """A ledger whose hosts are the database's server and a second one; the latter's database."""
+    with type(database.server)(new_directory()) as server:
+        server.create_database()  # for its user
+        server.sql(f"CREATE DATABASE IF NOT EXISTS {database.name}")
+        server.sql(f"GRANT ALL ON {database.name}.* TO saslquota@'127.0.0.1'")
+        second = replace(database, server=server, port=server.port)
+        second.sql("DROP TABLE IF EXISTS sends;" + (ROOT / "mysql.sql").read_text("utf-8"))
+        hosts = (f"127.0.0.1:{database.port}", f"127.0.0.1:{second.port}")
+        ledger = Ledger(MySQLStore(mysql_config(database, myhost=hosts)), 30 * DAY)
+        ledger.open()
+        yield ledger, second
+        ledger.close()
+
+
+def test_an_idle_connection_that_the_server_closed_is_no_failed_host(
+    database: Database, new_directory: Callable[[], Path], connector: str
+) -> None:
+    """Else a daemon would count on another host although the first one is well."""
+    server = database.server
+    charge = lone_charge("a", 1, "", (Window(60, 9),))
+    with (
+        changed(server, "wait_timeout", 1),
+        two_servers(database, new_directory) as (ledger, second),
+    ):
+        for _ in range(3):
+            assert ledger.charge([charge], time.monotonic() + 10)[0].accepted
+            wait_for(lambda: not daemons_connections(database), 20, "the end of the connection")
+        assert (count_rows(database), count_rows(second)) == (3, 0), connector
+
+
+def daemons_connections(database: Database) -> str:
+    return database.sql(
+        "SELECT id FROM information_schema.processlist"
+        f" WHERE db = '{database.name}' AND user != 'root'"
+    )
+
+
 @pytest.mark.parametrize("trouble", [read_only, crowded, shut_down])
 def test_the_next_host_is_taken(
     database: Database,
@@ -471,29 +653,13 @@ def test_the_next_host_is_taken(
     trouble: Callable[[MariaDB, Database], AbstractContextManager[None]],
 ) -> None:
     """And kept when the first one is well again."""
-    with MariaDB(new_directory()) as second:
-        second.create_database()  # for its user
-        table = (ROOT / "mysql.sql").read_text("utf-8")
-        second.sql(f"CREATE DATABASE IF NOT EXISTS {database.name}")
-        second.sql(f"GRANT ALL ON {database.name}.* TO saslquota@'127.0.0.1'")
-        second.sql(table, database.name)
-        hosts = (f"127.0.0.1:{database.port}", f"127.0.0.1:{second.port}")
-        store = MySQLStore(mysql_config(database, myhost=hosts))
-        ledger = Ledger(store, 30 * DAY)
-        ledger.open()
-        charge = lone_charge("a", 1, "", (Window(60, 9),))
+    charge = lone_charge("a", 1, "", (Window(60, 9),))
+    with two_servers(database, new_directory) as (ledger, second):
         assert ledger.charge([charge], time.monotonic() + 10)[0].accepted
         with trouble(database.server, database):
             assert ledger.charge([charge], time.monotonic() + 10)[0].accepted
         assert ledger.charge([charge], time.monotonic() + 10)[0].accepted
-        ledger.close()
-        assert (
-            count_rows(database, "a"),
-            second.sql("SELECT COUNT(*) FROM sends", database.name),
-        ) == (
-            1,
-            "2",
-        )
+        assert (count_rows(database, "a"), count_rows(second, "a")) == (1, 2)
 
 
 class TLSMariaDB(MariaDB):

@@ -51,6 +51,7 @@ class GaleraNode(MariaDB):
         return [
             *super().command(),
             "--wsrep-on=ON",
+            "--loose-plugin-wsrep-provider=OFF",  # since 11.8 it keeps its options from changing
             f"--wsrep-provider={LIBGALERA}",
             "--wsrep-cluster-name=saslquota-tests",
             "--wsrep-cluster-address=gcomm://"

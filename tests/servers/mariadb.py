@@ -45,6 +45,9 @@ class MariaDB(Process):
     Its time zone is far from UTC, so that local time anywhere would show.
     """
 
+    USER = "mysql"  # whose it is, when root starts it
+    CLIENT: str | Path = "mariadb"
+
     def __init__(self, directory: Path) -> None:
         super().__init__(directory, "mariadb")
         self.port = free_port()
@@ -68,7 +71,7 @@ class MariaDB(Process):
         for path in (self.directory, *(self.directory / name for name in names)):
             path.mkdir(exist_ok=True)
             if IS_ROOT:
-                shutil.chown(path, "mysql")
+                shutil.chown(path, self.USER)
 
     def _options(self) -> list[str]:
         """Options for the server and for its installation.
@@ -81,7 +84,7 @@ class MariaDB(Process):
             f"--datadir={self.directory / 'data'}",
             f"--tmpdir={self.directory / 'tmp'}",
         ]
-        return [*options, "--user=mysql"] if IS_ROOT else options
+        return [*options, f"--user={self.USER}"] if IS_ROOT else options
 
     def command(self) -> Sequence[str | Path]:
         return [
@@ -101,7 +104,7 @@ class MariaDB(Process):
         return self._client("SELECT 1").returncode == 0
 
     def _client(self, text: str, database: str = "") -> subprocess.CompletedProcess[str]:
-        command = ["mariadb", "--no-defaults", "-NB", "-uroot", f"-S{self.socket}"]
+        command = [self.CLIENT, "--no-defaults", "-NB", "-uroot", f"-S{self.socket}"]
         return subprocess.run(
             [*command, database], input=text, capture_output=True, text=True, timeout=60
         )
@@ -156,7 +159,7 @@ def frozen(server: MariaDB) -> Iterator[None]:
 
 
 @contextmanager
-def changed(server: MariaDB, variable: str, value: int) -> Iterator[None]:
+def changed(server: MariaDB, variable: str, value: int | str) -> Iterator[None]:
     """Another value of a global variable."""
     before = server.sql(f"SELECT @@GLOBAL.{variable}")
     server.sql(f"SET GLOBAL {variable} = {value}")
