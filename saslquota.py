@@ -3,7 +3,7 @@
     saslquota - Postfix policy daemon that limits what each SASL sender may send in a sliding period
 
 SYNOPSIS
-    saslquota.py [-c FILE] [--check] [--version]
+    saslquota.py [-c FILE] [--check [--user NAME]] [--version]
 
 DESCRIPTION
     saslquota answers Postfix's check_policy_service on submission and smtps. For each request it
@@ -18,6 +18,8 @@ DESCRIPTION
                /etc/saslquota/saslquota.json)
     --check    read configuration and rules, look at the store, print what was found and what each
                rule means in plain words; exit 0 or 1; create and change nothing
+    --user NAME  root checks with the rights of this user, whom the daemon runs as; left out, with
+               those of the owner of the directory that the daemon writes to
     --version  print the version
 
 PROTOCOL
@@ -37,11 +39,13 @@ CONFIGURATION
 
     period     seconds, or a time such as "90s", "10m", "1h", "1d" or "1w"
     msgquota   how much may be sent in any period of that length; "unlimited", or 0 for nothing
-    msg        the text of a refusal; {sasl_username}, {rule}, {used}, {msgquota}, {period} and
-               {retry_after} are filled in, and {{ and }} stand for a brace
+    msg        the text of a refusal; {sasl_username}, {rule}, {used}, {msgquota}, {period},
+               {seconds} (the period as a number), {retry_after} and {recipients} are filled in,
+               and {{ and }} stand for a brace
     count      "recipients", or "messages"
     action     "REJECT", or "DEFER": 450 in place of 554
     enforce    false: count, log "action=REJECT (not enforced)", and accept
+    comment    any text, for whoever reads the file
 
 SIGNALS
     SIGHUP            read the rules now
@@ -75,7 +79,8 @@ HOW IT WORKS
 
     The threads, and what only they may use:
 
-        main          signals; reads the rules again when their file has changed
+        main          signals, and reminders of what Postfix's set-up may lack
+        rules         reads the rules again when their file has changed
         server        accepts connections, makes room for them
         a connection  reads its requests and submits them: one for each smtpd process
         committer     the ledger, accounts and store; answers what it has decided
@@ -231,6 +236,11 @@ def escaped(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
+def log_value(value: str) -> str:
+    """The value so that it cannot look like more fields: addresses may hold commas and spaces."""
+    return value.replace(", ", r",\x20")
+
+
 class OneLine(logging.Formatter):
     """Makes one line that fits a datagram, whatever a client sent, and of a traceback too."""
 
@@ -373,10 +383,13 @@ def load_json(path: Path) -> tuple[dict[str, Any], Location]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}, line {line}: not UTF-8: save it in that encoding") from None
     except json.JSONDecodeError as error:
-        position = f"{path}, line {error.lineno}, column {error.colno}"
-        raise ConfigError(f"{position}: not JSON: {error.msg}") from None
+        position, complaint = json_complaint(content, error)
+        line = content.count("\n", 0, position) + 1
+        column = position - content.rfind("\n", 0, position)
+        raise ConfigError(f"{path}, line {line}, column {column}: not JSON: {complaint}") from None
     except RecursionError:
         raise ConfigError(f"{path}: nested too deep") from None
     if not isinstance(found, JSONObject):
@@ -389,6 +402,40 @@ def load_json(path: Path) -> tuple[dict[str, Any], Location]:
     if not isinstance(found.pop("$schema", ""), str):
         raise ConfigError(f"{location.of('$schema')}: must be a string")
     return found, location
+
+
+JSON_COMPLAINTS = {  # what json says, as far as that tells it, and what we say
+    "control character": 'a tab, line break or the like in a text: is its second " missing?',
+    "Unterminated string": 'the second " of this text is missing',
+    "escape": "write \\\\ for a backslash",
+    "',' delimiter": "a comma is missing before this",
+    "':' delimiter": "a colon is missing before this",
+    "Extra data": "remove this: nothing may follow the last }",
+    "property name": 'a name in " must stand here',
+    "value": 'a value must stand here: a text in ", a number, true or false, { or [',
+}
+
+
+def json_complaint(content: str, error: json.JSONDecodeError) -> tuple[int, str]:
+    """Where a file is not JSON, and what to do about it: one answer for all versions of Python."""
+    if "control character" in error.msg:  # which may be white space
+        return error.pos, JSON_COMPLAINTS["control character"]
+    before, rest = content[: error.pos].rstrip(), content[error.pos :].lstrip()
+    if rest.startswith(","):  # Python 3.13 sees it here
+        before, rest = before + ",", rest[1:].lstrip()
+    position = len(content) - len(rest)
+    if not content.strip():
+        return 0, 'empty: it must hold one object, { "name": value, ... }'
+    if before.endswith(",") and rest[:1] in ("}", "]"):
+        return content.rindex(",", 0, position), f"remove the comma before the {rest[0]}"
+    if rest.startswith(("#", "//", "/*")):
+        return position, "remove the comment: JSON has none"
+    if rest.startswith(("'", "\N{LEFT DOUBLE QUOTATION MARK}", "\N{RIGHT DOUBLE QUOTATION MARK}")):
+        return position, 'write " around names and texts'
+    if not rest:
+        return position, "the file ends too soon: is a } or ] missing?"
+    complaints = (text for part, text in JSON_COMPLAINTS.items() if part in error.msg)
+    return position, next(complaints, error.msg)
 
 
 def json_objects(
@@ -629,7 +676,10 @@ def load_config(path: Path, environ: Mapping[str, str]) -> Config:
 MAX_WINDOWS = 10  # in one rule
 MAX_PERIOD = 3650 * 86_400  # seconds
 WILDCARD = re.compile(r"[*?[]")  # of fnmatch
-PLACEHOLDERS = ("{sasl_username}", "{rule}", "{used}", "{msgquota}", "{period}", "{retry_after}")
+PLACEHOLDERS = (
+    *("{sasl_username}", "{rule}", "{used}", "{msgquota}"),
+    *("{period}", "{seconds}", "{retry_after}", "{recipients}"),
+)
 BRACES = re.compile("|".join(map(re.escape, ("{{", "}}", *PLACEHOLDERS))))  # as a msg may have them
 TIME_UNITS = {"w": 604_800, "d": 86_400, "h": 3600, "m": 60, "s": 1}  # seconds
 
@@ -692,6 +742,8 @@ class Rule(NamedTuple):
             together = f"a pool, all senders of {self.key[1:]} together"
             return f"{together} (not each by itself, as @ means elsewhere in Postfix)"
         is_address = "@" in self.key
+        if not is_address and "." not in self.key and not WILDCARD.search(self.key):
+            return "this login, and each login of a domain of that name"
         if WILDCARD.search(self.key):
             return f"each sender{'' if is_address else ' of a domain'} that matches"
         return "this sender" if is_address else f"each sender of {self.key}"
@@ -848,6 +900,7 @@ RULE_FIELDS: dict[str, Callable[[Any], Any]] = {
     "count": read_choice("recipients", "messages"),
     "action": read_choice("REJECT", "DEFER"),
     "enforce": read_flag,
+    "comment": read_text,
 }
 BUILT_IN = Window(0, 0, msg="sending quota exceeded, try again later")
 
@@ -946,6 +999,7 @@ def read_window(
         for field in ("period", "msgquota"):
             if field not in values:
                 raise ConfigError(f'{location}: "{field}" is missing{why}')
+    values.pop("comment", None)
     window = dataclasses.replace(base.windows[0] if base else BUILT_IN, rule=key, **values)
     if window.period > retention:
         kept = f"longer than _retentiondays keeps sends ({retention // 86_400} days)"
@@ -961,6 +1015,7 @@ class RulesFile:
         self.path = path
         self._retention = retention
         self._complaint = ""
+        self._wanted = threading.Event()
         self._stamp = self._read_stamp()
         self.rules = load_rules(path, retention)
 
@@ -970,6 +1025,18 @@ class RulesFile:
         except OSError:
             return None
         return found.st_mtime_ns, found.st_size, found.st_ino, found.st_ctime_ns
+
+    def read_now(self) -> None:
+        """Have the file read, by the thread that watches it, whether it has changed or not."""
+        self._wanted.set()
+
+    def watch(self) -> None:
+        """Read the file again whenever it has changed. It takes seconds for 100,000 rules, and so
+        has a thread of its own."""
+        while True:
+            force = self._wanted.wait(timeout=1.0)
+            self._wanted.clear()
+            self.reload(force=force)
 
     def reload(self, *, force: bool = False) -> None:
         """Read the file if it has changed since the last time; a bad one changes nothing."""
@@ -985,7 +1052,8 @@ class RulesFile:
             if isinstance(error.__context__, OSError):  # perhaps no descriptor was left: look again
                 self._stamp = ()
             if force or str(error) != self._complaint:
-                log.error("rules not reloaded, the previous ones stay in force: %s", error)
+                consequence = "the previous ones stay in force, but saslquota would not start again"
+                log.error("rules not reloaded, %s: %s", consequence, error)
             self._complaint = str(error)
         else:
             self._complaint = ""
@@ -1014,6 +1082,11 @@ class Request(NamedTuple):
     client_address: str
     instance: str
     size: int  # bytes that came over the wire
+
+    @property
+    def is_whole_message(self) -> bool:
+        """Whether it comes once for a message, with the number of recipients."""
+        return self.protocol_state in ("DATA", "END-OF-MESSAGE")
 
 
 def parse_request(block: bytes) -> Request:
@@ -1381,7 +1454,7 @@ class SQLiteStore(Store):
         """What --check says of the store. Opens the file without touching it."""
         if not self._path.exists():
             directory = self._path.parent
-            if os.access(directory, os.W_OK):
+            if os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
                 return f"{self}: will be made at the first start"
             reason = "is not writable" if directory.is_dir() else "does not exist"
             raise Unavailable(f"{self._path}: cannot be made, its directory {reason}")
@@ -1403,7 +1476,7 @@ class SQLiteStore(Store):
 def is_writable(path: Path, user: int) -> bool:
     """Whether a user may write a file: ourselves, or for root another one, at a guess."""
     if user == os.geteuid():
-        return os.access(path, os.W_OK)
+        return os.access(path, os.W_OK, effective_ids=True)
     found = path.stat()
     return found.st_uid == user or bool(found.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
 
@@ -1480,7 +1553,7 @@ def with_remedy(error: Exception, config: Config) -> str:
     no_tls = "turn on TLS in the server, or use its Unix socket: _myhost unix:/path"
     is_pure = not load_connector().HAVE_CEXT  # it reports a lack of TLS as a wrong password
     remedies = {
-        1044: grant,
+        1044: f"the database {config.mydb} does not exist, or {grant}",
         1045: f"check _myuser and _mypasswd in {config.path}, and {grant}"
         + (f"; if caching_sha2_password lacks TLS, {no_tls}" if is_pure else ""),
         1049: f"create database {config.mydb}",
@@ -1704,6 +1777,7 @@ CLOCK_TOLERANCE = 1_000_000  # microseconds that the clock may be behind and is 
 MAX_CLOCK_SKEW = 60_000_000  # microseconds; a step, or an entry dated ahead, of more is an error
 CLOCK_PROBATION = 3600.0  # seconds without a step after which a purge believes the clock
 SKEW_INTERVAL = 3600.0  # seconds between two log lines about entries dated ahead
+RETRY_SEARCH_INTERVAL = 0.1  # seconds between two searches for when a charge fits
 LEAST_ROWS = 4  # remembered of each window, however many windows an account has
 
 
@@ -1977,6 +2051,7 @@ class Accounts:
         self._cache: collections.OrderedDict[str, CachedAccount] = collections.OrderedDict()
         # seq and ahead_until of accounts that are ahead, for when the rest has been forgotten
         self._ahead: collections.OrderedDict[str, tuple[int, int]] = collections.OrderedDict()
+        self._retry_searches = RateLimit(RETRY_SEARCH_INTERVAL)
 
     def __getitem__(self, name: str) -> CachedAccount:
         """An account that refresh() was asked for."""
@@ -2108,16 +2183,19 @@ class Accounts:
 
     def when_total_reached(self, name: str, period: int, total: int, now: Now) -> int:
         """When the account's total came to this much within the period, in microseconds of the
-        account's time."""
+        account's time. What is not remembered is searched for, but not often, as all others wait
+        meanwhile: between two searches it is the time of the newest entry, the latest possible."""
         account = self._cache[name]
         window = account.windows[period]
         at = window.reached(total)
-        if at is None:
-            start = account.time(now) - period * 1_000_000
-            search = Search(account, period, start, window.gone, account.seq, total)
-            ((_, found),) = self._search([search])
-            at = found[0].at if found else None
-        return account.time(now) if at is None else at  # else it is an entry of this very batch
+        if at is None and total <= account.total:
+            at = account.at
+            if self._retry_searches.allows():
+                start = account.time(now) - period * 1_000_000
+                search = Search(account, period, start, window.gone, account.seq, total)
+                ((_, found),) = self._search([search])
+                at = found[0].at if found else at
+        return account.time(now) if at is None else at  # None: an entry of this very batch
 
 
 # --- Ledger ---------------------------------------------------------------------------------------
@@ -2841,7 +2919,7 @@ class Policy:
 
     COUNTED = frozenset({"MAIL", "RCPT", "DATA", "END-OF-MESSAGE"})
     TOO_EARLY = frozenset({"CONNECT", "EHLO", "HELO"})  # nobody can have logged in
-    PER_MESSAGE = frozenset({"DATA", "END-OF-MESSAGE"})  # once, with the number of recipients
+    EXPECTED = COUNTED | {"VRFY", "ETRN"}  # where Postfix asks that is set up well
     UNAVAILABLE = "quota service unavailable, try again later"
 
     def __init__(self, config: Config, rules: RulesFile) -> None:
@@ -2871,7 +2949,7 @@ class Policy:
         debits = [
             Debit(
                 POOL_PREFIX + rule.key if rule.is_pool else login,
-                self._cost(request, rule),
+                1 if rule.per_message else recipients_of(request),
                 rule.windows,
             )
             for rule in rules
@@ -2896,35 +2974,38 @@ class Policy:
             return Answer("REJECT login name too long", reason="sasl_username is too long")
         return None
 
-    def _cost(self, request: Request, rule: Rule) -> int:
-        """How much of what the rule counts a request stands for."""
-        is_whole = request.protocol_state in self.PER_MESSAGE and not rule.per_message
-        return max(1, request.recipient_count) if is_whole else 1
-
-    def answer(self, verdict: Verdict | None, message: Message) -> Answer:
+    def answer(self, request: Request, verdict: Verdict | None, message: Message) -> Answer:
         """The answer to a verdict upon what charge() returned; None is the fallback."""
         rule = message.rules[0]
         if verdict is None:
             return Answer(self._fallback, rule, reason="the store did not answer")
         if not verdict.over_quota:
             return Answer(self._accept, rule, verdict)
-        msg = refusal_text(message.login, verdict)
+        msg = refusal_text(message.login, verdict, recipients_of(request))
         action = self._accept if verdict.accepted else f"{verdict.window.action} {msg}"
         return Answer(action, rule, verdict, msg=msg)
 
 
-def refusal_text(login: str, verdict: Verdict) -> str:
-    """The window's msg with its placeholders filled in."""
+def recipients_of(request: Request) -> int:
+    """How many recipients a request is about."""
+    return max(1, request.recipient_count) if request.is_whole_message else 1
+
+
+def refusal_text(login: str, verdict: Verdict, recipients: int) -> str:
+    """The window's msg with its placeholders filled in. It is in the log, too, as its last field,
+    to which a login adds none."""
     window = verdict.window
     if "{" not in window.msg and "}" not in window.msg:
         return window.msg
     values = {
-        "sasl_username": UNPRINTABLE.sub("?", login),
+        "sasl_username": log_value(UNPRINTABLE.sub("?", login)),
         "rule": window.rule,
         "used": verdict.used,
         "msgquota": window.limit_text,
         "period": format_time(window.period),
+        "seconds": window.period,
         "retry_after": format_wait((verdict.retry_at or 0.0) - time.monotonic()),
+        "recipients": recipients,
     }
     return window.msg.format_map(values)
 
@@ -2937,8 +3018,67 @@ def valid_utf8(value: str) -> str:
 # --- Server ---------------------------------------------------------------------------------------
 
 RECV_BYTES = 4096  # at a time; each waiting connection has that much at hand
+FIRST_REQUEST = 3600.0  # seconds after the start in which Postfix should have asked
+SETTLING = 3.0  # seconds in which Postfix gets from HELO to where a request is counted
+MOMENT = 1.0  # seconds in which Postfix asks twice, if it does
 REPLY_CHECK = 1.0  # seconds of silence until a connection looks whether its reply was taken
 SILENCE = 0.25  # seconds; Postfix connects to ask, and does so within milliseconds
+
+
+class SetupHints:
+    """Tells in the log what Postfix's requests, or their absence, say of its set-up."""
+
+    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._monotonic = monotonic
+        # Monotonic seconds.
+        self._started = monotonic()
+        self._asked_at = self._counted_at = self._misplaced_at = -math.inf
+        self._asked: tuple[str, str, str] | None = None  # the last that was counted
+        self._misplaced = ""  # what was asked where nothing can be counted, until it is judged
+        self._was_asked = self._was_asked_twice = False
+        self._warnings = RateLimit(REMINDER_INTERVAL)
+
+    def note(self, request: Request, answer: Answer, last: Request | None) -> None:
+        """A request has been answered; `last` is the one before it on its connection."""
+        if not self._was_asked:
+            self._was_asked = True
+            login = f"submission login {request.sasl_username}"
+            who = login if request.sasl_username else "no login"
+            log.info("first request from Postfix: %s, %s", request.protocol_state, who)
+        if answer.verdict:
+            self._counted_at = self._monotonic()
+            if not self._was_asked_twice:
+                self._look_for_duplicate(request, last)
+        elif request.protocol_state not in Policy.EXPECTED and not self._misplaced:
+            is_early = request.protocol_state in Policy.TOO_EARLY
+            self._misplaced = answer.reason + ("; see smtpd_delay_reject" if is_early else "")
+            self._misplaced_at = self._monotonic()
+
+    def _look_for_duplicate(self, request: Request, last: Request | None) -> None:
+        asked = identity(request)
+        is_again = asked == self._asked and self._counted_at - self._asked_at < MOMENT
+        self._asked, self._asked_at = asked, self._counted_at
+        if request.instance and (is_again or (last and identity(last) == asked)):
+            self._was_asked_twice = True
+            text = "asked twice for each recipient, see docs/install.md: %s, rcpt=%s, instance=%s"
+            log.warning(text, request.protocol_state, request.recipient, request.instance)
+
+    def remind(self) -> None:
+        """Say what has not come. To be called every second or so."""
+        now = self._monotonic()
+        if not self._was_asked and now - self._started >= FIRST_REQUEST:
+            self._was_asked = True
+            log.warning("no request yet: does Postfix ask? see docs/install.md")
+        if self._misplaced and now - self._misplaced_at >= SETTLING:
+            is_counted = now - self._counted_at <= REMINDER_INTERVAL
+            if not is_counted and self._warnings.allows():
+                log.warning("nothing is counted: %s", self._misplaced)
+            self._misplaced = ""
+
+
+def identity(request: Request) -> tuple[str, str, str]:
+    """What only one request of a message has."""
+    return request.instance, request.recipient, request.protocol_state
 
 
 class PolicyHandler(socketserver.BaseRequestHandler):
@@ -2969,6 +3109,7 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         self._started = self._last_used = time.monotonic()
         self._deadline: float | None = self._started + self.server.client_timeout
         self._message = Message()
+        self._last_request: Request | None = None  # that was answered
         self._pending: PendingCharge | None = None  # the last request's, until its reply was seen
         self._replying = threading.Lock()
         self._unsent = b""
@@ -3070,7 +3211,7 @@ class PolicyHandler(socketserver.BaseRequestHandler):
     def _decided(self, request: Request, verdict: Verdict | None) -> None:
         """Answer a request whose charge has been decided. Never waits nor raises."""
         try:
-            answer = self.server.policy.answer(verdict, self._message)
+            answer = self.server.policy.answer(request, verdict, self._message)
             self._message.remember(answer)
             self._reply(request, answer)
         except Exception as error:  # noqa: BLE001 - no bug may end the thread that all wait for
@@ -3082,7 +3223,8 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         """Send the reply, as far as the client takes it at once; then log it."""
         reply = format_reply(answer.action)
         self._unsent = reply[send_at_once(self.request, reply) :]
-        self.server.log_decision(self.number, request, answer)
+        self.server.log_decision(self.number, request, answer, self._last_request)
+        self._last_request = request
         self.has_asked = True
         self._last_used = time.monotonic()
         self._replying.release()
@@ -3118,17 +3260,13 @@ def verdict_line(request: Request, answer: Answer) -> str:
         counted += f" period={window.period}, action={action}"
         counted += " (not enforced)" if verdict.over_quota and verdict.accepted else ""
         msg = f", msg={answer.msg}" if verdict.over_quota else ""
+    recipients = f", recipients={recipients_of(request)}" if request.is_whole_message else ""
     login, rcpt, sender = map(log_value, (request.sasl_username, request.recipient, request.sender))
     return (
         f"sasl_username={login}, rcpt={rcpt}, {counted}, sender={sender}, "
         f"client_address={log_value(request.client_address)},"
-        f" instance={log_value(request.instance)}{msg}"
+        f" instance={log_value(request.instance)}{recipients}{msg}"
     )
-
-
-def log_value(value: str) -> str:
-    """The value so that it cannot look like more fields: addresses may hold commas and spaces."""
-    return value.replace(", ", r",\x20")
 
 
 class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
@@ -3145,13 +3283,12 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.client_timeout = config.bindtimeout  # seconds
         self.handlers: set[PolicyHandler] = set()
         self.log_verdict: Callable[[int, str], None] = log.log
-        self.not_counted_warning = RateLimit(REMINDER_INTERVAL)
+        self.hints = SetupHints()
         self._refused_warning = RateLimit(1.0)
         self._allow = config.allow
-        is_unix = config.bind.startswith("unix:")
-        self._path = str(config.beside(config.bind.removeprefix("unix:"))) if is_unix else ""
+        where = address_of(config)
+        self._path = where.removeprefix("unix:") if where.startswith("unix:") else ""
         self.capacity = min(config.maxconnections, raise_descriptor_limit() - 32)  # connections
-        where = config.bind if self._path else f"{config.bind}:{config.bindport}"
         try:
             self._listen(config)
         except OSError as error:
@@ -3165,9 +3302,8 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             super().__init__(self._path, PolicyHandler)  # type: ignore[arg-type]
             os.chmod(self._path, 0o660)
             return
-        found = socket.getaddrinfo(config.bind, config.bindport, type=socket.SOCK_STREAM)
-        self.address_family, *_, address = found[0]
-        super().__init__(address, PolicyHandler)  # type: ignore[arg-type]
+        self.address_family, *_, address = listening_address(config)
+        super().__init__(address, PolicyHandler)
 
     def __str__(self) -> str:
         if self._path:
@@ -3175,8 +3311,11 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         host, port = self.server_address[:2]
         return f"[{host!s}]:{port}" if ":" in str(host) else f"{host!s}:{port}"
 
-    def log_decision(self, number: int, request: Request, answer: Answer) -> None:
-        """Write the owner's lines about a request, in any thread."""
+    def log_decision(
+        self, number: int, request: Request, answer: Answer, last: Request | None
+    ) -> None:
+        """Write the owner's lines about a request, in any thread. `last` is the one before it on
+        its connection."""
         if log.isEnabledFor(logging.DEBUG):
             log.debug("[%d] end of recv: (%d)", number, request.size)
             if answer.rule:
@@ -3188,10 +3327,7 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             level = logging.WARNING
         else:
             level = logging.DEBUG
-            if self.not_counted_warning.allows():
-                is_early = request.protocol_state in Policy.TOO_EARLY
-                hint = "; see smtpd_delay_reject" if is_early else ""
-                log.warning("nothing is counted: %s%s", answer.reason, hint)
+        self.hints.note(request, answer, last)
         if log.isEnabledFor(level):
             self.log_verdict(level, f"[{number}] {verdict_line(request, answer)}")
 
@@ -3250,6 +3386,18 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 os.unlink(self._path)
 
 
+def address_of(config: Config) -> str:
+    """Where the daemon listens, in words: unix:/path, or host:port."""
+    if config.bind.startswith("unix:"):
+        return f"unix:{config.beside(config.bind.removeprefix('unix:'))}"
+    return f"{config.bind}:{config.bindport}"
+
+
+def listening_address(config: Config) -> tuple[Any, ...]:
+    """What getaddrinfo() says of _bind, first of all. Raises OSError."""
+    return socket.getaddrinfo(config.bind, config.bindport, type=socket.SOCK_STREAM)[0]
+
+
 def raise_descriptor_limit() -> int:
     """Raise the soft limit, 1,024 under supervisord, to the hard one; return what holds now."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -3276,6 +3424,10 @@ def remove_stale_socket(path: str) -> None:
 
 # --- --check --------------------------------------------------------------------------------------
 
+SMTP_CODE = re.compile(r"[245][0-9][0-9](?![0-9])")
+ADDRESSES = re.compile(r"(?=.*[0-9])[0-9.*?\[\]-]+\.[0-9.*?\[\]-]+(?:/[0-9]+)?")  # with wildcards
+NUMBERS = re.compile(r"\[[^]]*(?:[0-9]-[0-9]{2}|[0-9]{2}-[0-9])[^]]*\]")  # as in user[1-20]
+
 
 def make_store(config: Config) -> SQLiteStore | MySQLStore:
     if config.store == "sqlite":
@@ -3283,29 +3435,178 @@ def make_store(config: Config) -> SQLiteStore | MySQLStore:
     return MySQLStore(config)
 
 
-def check_setup(config: Config) -> int:
-    """Print what is found in configuration, rules and store; 0 when all is well."""
+def check_setup(config: Config, user: str = "") -> int:
+    """Print what is found of files, rules, address and store; 0 when all is well. For root it is
+    what the daemon's user would find: `user`, or else the owner of the directory that the daemon
+    writes to. Raises ConfigError when there is no such user."""
+    account = daemon_user(config, user)
     status = 0
-    print(f"{config.path}: read")
-    try:
-        path = config.beside(config.quotafile)
-        rules = load_rules(path, config.retentiondays * 86400)
-        for rule in rules:
-            for window in rule.windows:
-                print(f"{path}: {rule.key}: {rule.describe_senders()}: {window.describe()}")
-        for patterns in (rules.addresses, rules.domains):
-            for key, winner in patterns.hidden():
-                reason = f"{quoted(winner)} comes first and matches as much"
-                print(f"{path}: warning: {quoted(key)} is never selected, {reason}")
-    except ConfigError as error:
-        print(error)
-        status = 1
-    try:
-        print(make_store(config).check())
-    except StoreError as error:
-        print(error)
-        status = 1
+    with rights_of(account) if account else contextlib.nullcontext():
+        for check in (check_files, check_rules, check_risks, check_address, check_store):
+            try:
+                for line in check(config):
+                    print(line)
+            except SaslQuotaError as error:
+                print(error)
+                status = 1
+                if check is check_files:  # nor can the others then look
+                    break
     return status
+
+
+def daemon_user(config: Config, name: str) -> pwd.struct_passwd | None:
+    """The user whom the daemon will run as; None if it is this one."""
+    if os.geteuid() != 0:
+        if name:
+            raise ConfigError("--user: only root can check as another user")
+        return None
+    try:
+        if name:
+            return pwd.getpwnam(name)
+        file = config.beside(config.sqlitefile) if config.store == "sqlite" else config.path
+        owner = file.parent.stat().st_uid
+        return pwd.getpwuid(owner) if owner else None
+    except KeyError:
+        if name:
+            raise ConfigError(f"--user {name}: no such user") from None
+    except OSError:  # check_store() tells what is wrong with the directory
+        pass
+    return None
+
+
+@contextlib.contextmanager
+def rights_of(user: pwd.struct_passwd) -> Iterator[None]:
+    """Let root have the rights of another user only."""
+    groups, group = os.getgroups(), os.getegid()
+    os.initgroups(user.pw_name, user.pw_gid)
+    os.setegid(user.pw_gid)
+    os.seteuid(user.pw_uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(group)
+        os.setgroups(groups)
+
+
+def check_files(config: Config) -> Iterator[str]:
+    yield f"{config.path}: read"
+    python = Path(os.__file__)
+    files = [python, Path(__file__).resolve(), config.path, config.beside(config.quotafile)]
+    if config.store == "mysql" and config.mysslca:
+        files.append(config.beside(config.mysslca))
+    for path in files:
+        with contextlib.suppress(FileNotFoundError):  # what it is for is checked below
+            try:
+                path.open("rb").close()
+            except PermissionError:
+                raise ConfigError(unreadable(path)) from None
+
+
+def unreadable(path: Path) -> str:
+    user = pwd.getpwuid(os.geteuid())
+    closed = [p for p in path.parents if not os.access(p, os.X_OK, effective_ids=True)]
+    remedy = f"chgrp {user.pw_gid} {path}; chmod g+r {path}"
+    if closed:
+        remedy = f"chmod a+x {closed[-1]}"
+    return f"the user {user.pw_name} cannot read {path}: run {remedy}"
+
+
+def check_rules(config: Config) -> Iterator[str]:
+    """Each rule in words, then what may not be what was meant."""
+    path = config.beside(config.quotafile)
+    rules = load_rules(path, config.retentiondays * 86400)
+    for rule in rules:
+        for window in rule.windows:
+            yield f"{path}: {rule.key}: {rule.describe_senders()}: {window.describe()}"
+    for patterns in (rules.addresses, rules.domains):
+        for key, winner in patterns.hidden():
+            reason = f"{quoted(winner)} comes first and matches as much"
+            yield f"{path}: warning: {quoted(key)} is never selected, {reason}"
+    for rule in rules:
+        if doubt := key_doubt(rule.key, config.defaultdomain):
+            yield f"{path}: warning: {quoted(rule.key)} {doubt}"
+    coded = [rule.key for rule in rules if any(SMTP_CODE.match(w.msg) for w in rule.windows)]
+    if coded:
+        yield f"{path}: warning: msg of {some(coded)}: leave out the SMTP code, Postfix adds it"
+    foreign = [rule.key for rule in rules if not all(w.msg.isascii() for w in rule.windows)]
+    if foreign:
+        why = "is not ASCII, which mail programs without SMTPUTF8 may show wrongly"
+        yield f"{path}: note: msg of {some(foreign)} {why}"
+
+
+def key_doubt(key: str, defaultdomain: str) -> str:
+    """Why a key may select other logins than was meant, or none; "" if it is not in doubt."""
+    address = key.rpartition("@")[2]
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_network(address.strip("[]").removeprefix("ipv6:"), strict=False)
+        return "selects no client address: keys are logins and their domains"
+    if ADDRESSES.fullmatch(address):
+        return "selects no client addresses: keys are logins and their domains"
+    if NUMBERS.search(key):
+        return "selects no numbers: [...] stands for one character out of it"
+    is_name = not ("." in key or "@" in key or WILDCARD.search(key))
+    if defaultdomain and is_name and key != "default":
+        whole = quoted(f"{key}@{defaultdomain}")
+        return f"selects no login without a domain: with _defaultdomain that is {whole}"
+    return ""
+
+
+def some(keys: Sequence[str]) -> str:
+    """The first keys, and how many more."""
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return ", ".join(map(quoted, keys[:3])) + more
+
+
+def risks(config: Config) -> list[str]:
+    """What an administrator should know about this set-up."""
+    found = []
+    if os.geteuid() == 0:
+        found.append("running as root is not needed; use the user saslquota")
+    mode = config.path.stat().st_mode
+    if config.mypasswd and config.store == "mysql" and mode & stat.S_IROTH:
+        found.append(f"{config.path} holds a password and is readable by everybody: chmod o-r")
+    is_loopback = config.bind in ("localhost", "::1") or config.bind.startswith(("127.", "unix:"))
+    if not is_loopback and not config.allow:
+        found.append(f"_bind {config.bind} is open to other machines: set _allow")
+    return found
+
+
+def check_risks(config: Config) -> Iterator[str]:
+    for risk in risks(config):
+        yield f"warning: {risk}"
+
+
+def check_address(config: Config) -> Iterator[str]:
+    """Whether the address can be listened on. Listens nowhere."""
+    where = address_of(config)
+    in_use = f"{where}: in use; that is right if it is by saslquota itself"
+    if config.bind.startswith("unix:"):
+        path = Path(where.removeprefix("unix:"))
+        if not path.parent.is_dir():
+            raise ConfigError(f"{where}: the directory {path.parent} does not exist, see _bind")
+        if not os.access(path.parent, os.W_OK | os.X_OK, effective_ids=True):
+            raise ConfigError(f"{where}: {path.parent} is not writable, see _bind")
+        if len(os.fsencode(path)) > 107:  # unix(7)
+            raise ConfigError(f"{where}: too long for a socket, see _bind")
+        yield in_use if path.exists() else f"{where}: can be listened on"
+        return
+    try:
+        family, kind, _, _, address = listening_address(config)
+        with socket.socket(family, kind) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind(address)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            reason = f"cannot listen on {where}: {error.strerror or error}"
+            raise ConfigError(f"{config.path}: {reason}; see _bind and _bindport") from None
+        yield in_use
+    else:
+        yield f"{where}: can be listened on"
+
+
+def check_store(config: Config) -> Iterator[str]:
+    yield make_store(config).check()
 
 
 # --- main -----------------------------------------------------------------------------------------
@@ -3347,28 +3648,14 @@ def log_handler(config: Config) -> tuple[logging.Handler, str]:
     return handler, f"syslog, facility {facility}: {found}"
 
 
-def risks(config: Config) -> list[str]:
-    """What an administrator should know about this set-up."""
-    found = []
-    if os.geteuid() == 0:
-        found.append("running as root is not needed; use the user saslquota")
-    mode = config.path.stat().st_mode
-    if config.mypasswd and config.store == "mysql" and mode & stat.S_IROTH:
-        found.append(f"{config.path} holds a password and is readable by everybody: chmod o-r")
-    is_loopback = config.bind in ("localhost", "::1") or config.bind.startswith(("127.", "unix:"))
-    if not is_loopback and not config.allow:
-        found.append(f"_bind {config.bind} is open to other machines: set _allow")
-    return found
-
-
 def run_daemon(config: Config) -> int:
     """Run the daemon until a signal ends it. Raises ConfigError for what cannot be started."""
     # A thread that has waited this long for the GIL asks again, behind all others: with hundreds of
     # connections 5 ms, the default, let some starve (bench/README.md).
     sys.setswitchinterval(0.1)
-    signals = catch_signals()
     threading.stack_size(512 * 1024)
     rules = RulesFile(config.beside(config.quotafile), config.retentiondays * 86400)
+    signals = catch_signals()
     store = make_store(config)
     policy = Policy(config, rules)
     ledger = Ledger(store, config.retentiondays * 86400)
@@ -3389,13 +3676,14 @@ def run_daemon(config: Config) -> int:
     server.log_verdict = writer.write
     committer.start()
     threading.Thread(target=server.serve_forever, args=[0.1], daemon=True).start()
-    received = wait_for_stop(signals, rules)
+    threading.Thread(target=rules.watch, name="rules", daemon=True).start()
+    received = wait_for_stop(signals, rules, server.hints)
     server.stop()
     if not server.wait_until_idle(SHUTDOWN_GRACE):
         committer.give_up()
         server.wait_until_idle(SHUTDOWN_GRACE)
     committer.stop(SHUTDOWN_GRACE / 8)
-    log.info("stopped by %s", received)
+    log.info("stopped by %s", received.name)
     writer.stop(SHUTDOWN_GRACE / 8)
     return 0
 
@@ -3408,16 +3696,20 @@ def catch_signals() -> queue.SimpleQueue[int]:
     return caught
 
 
-def wait_for_stop(signals: queue.SimpleQueue[int], rules: RulesFile) -> str:
-    """Keep the rules fresh until a signal says to stop; return its name."""
+def wait_for_stop(
+    signals: queue.SimpleQueue[int], rules: RulesFile, hints: SetupHints
+) -> signal.Signals:
+    """Wait for a signal that says to stop, and return it."""
     while True:
         try:
             number = signals.get(timeout=1.0)
         except queue.Empty:
-            number = 0
-        if number not in (0, signal.SIGHUP):
-            return signal.Signals(number).name
-        rules.reload(force=number == signal.SIGHUP)
+            hints.remind()
+            continue
+        if number != signal.SIGHUP:
+            return signal.Signals(number)
+        log.info("SIGHUP: reading the rules; saslquota.json is read at the start only")
+        rules.read_now()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -3429,13 +3721,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     default = beside if beside.exists() else SYSTEM_CONFIG
     parser.add_argument("-c", metavar="FILE", dest="config", type=Path, default=default)
     parser.add_argument("--check", action="store_true", help="look at everything, change nothing")
+    parser.add_argument("--user", default="", help="with --check by root: whom the daemon runs as")
     parser.add_argument("--version", action="version", version=f"saslquota {__version__}")
     arguments = parser.parse_args(argv)
     try:
         config = load_config(arguments.config, os.environ)
         if not arguments.check:
             return run_daemon(config)
-        status = check_setup(config)
+        status = check_setup(config, arguments.user)
         sys.stdout.flush()
         return status
     except SaslQuotaError as error:

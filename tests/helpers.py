@@ -49,6 +49,7 @@ SENTENCE = (
     "Ops!!! Você já mandou o limite de {} emails no intervalo de {} segundos,"
     " tente novamente mais tarde"
 )
+DEFAULT_SENTENCE = SENTENCE.format("{msgquota}", "{seconds}")  # of the shipped default
 
 EFFORT = float(os.environ.get("EFFORT", "1"))  # times as many examples of what is random
 
@@ -164,7 +165,7 @@ def check(decider: Decider, request: Request, message: Message | None = None) ->
     charge = decider.policy.charge(request, message)
     if isinstance(charge, Answer):
         return charge
-    answer = decider.policy.answer(submit(decider.committer, charge), message)
+    answer = decider.policy.answer(request, submit(decider.committer, charge), message)
     message.remember(answer)
     return answer
 

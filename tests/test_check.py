@@ -3,18 +3,28 @@
 import hashlib
 import json
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import pytest
-from helpers import SENTENCE, StartDaemon, saslquota_py, write_config
+from helpers import (
+    DEFAULT_SENTENCE,
+    SENTENCE,
+    StartDaemon,
+    require,
+    saslquota_py,
+    write_config,
+)
 from servers.audit import count_rows
+from servers.daemon import copy_shipped
 from servers.mariadb import Database
 from servers.ports import free_port
-from servers.process import ROOT, clean_environment
+from servers.process import IS_ROOT, ROOT, clean_environment
 
 
 def state(path: Path) -> str:
@@ -28,23 +38,35 @@ def snapshot(directory: Path) -> dict[str, str]:
     return {path.name: state(path) for path in directory.iterdir()}
 
 
-def check(directory: Path, **environ: object) -> tuple[int, list[str]]:
-    """Run --check, which creates and changes nothing."""
+def check(
+    directory: Path, *arguments: str, address: bool = False, **environ: object
+) -> tuple[int, list[str]]:
+    """Run --check, which creates and changes nothing. Returns its status and lines; that about the
+    address, which another program may use, only with `address`."""
     before = snapshot(directory)
-    found = saslquota_py("-c", directory / "saslquota.json", "--check", **environ)
+    config = directory / "saslquota.json"
+    status, lines = saslquota_py("-c", config, "--check", *arguments, **environ)
     assert snapshot(directory) == before
-    return found
+    return status, [x for x in lines if address or not re.match(r"[0-9.]+:[0-9]+: ", x)]
 
 
 def in_words(directory: Path) -> list[str]:
+    """What --check says of the shipped rules, run by who is not root."""
+    path = directory / "quotarules.json"
+    name = "this login, and each login of a domain of that name"
     return [
-        f"{directory}/quotarules.json: {key}: {who}: {quota} recipients in any {period} seconds"
-        f" ({minutes}m); beyond that: {SENTENCE.format(quota, period)}"
-        for key, who, period, minutes, quota in [
-            ("default", "each sender without another rule", 120, 2, 500),
-            ("localhost", "each sender of localhost", 1200, 20, 5000),
-            ("root@localhost", "this sender", 300, 5, 50),
-        ]
+        *(
+            f"{path}: {key}: {who}: {quota} recipients in any {period} seconds"
+            f" ({minutes}m); beyond that: {msg}"
+            for key, who, period, minutes, quota, msg in [
+                ("default", "each sender without another rule", 120, 2, 500, DEFAULT_SENTENCE),
+                ("localhost", name, 1200, 20, 5000, SENTENCE.format(5000, 1200)),
+                ("root@localhost", "this sender", 300, 5, 50, SENTENCE.format(50, 300)),
+            ]
+        ),
+        f'{path}: note: msg of "default", "localhost", "root@localhost" is not ASCII, which mail'
+        " programs without SMTPUTF8 may show wrongly",
+        *(["warning: running as root is not needed; use the user saslquota"] if IS_ROOT else []),
     ]
 
 
@@ -143,11 +165,12 @@ def test_check_says_all_that_is_wrong(shipped: Path) -> None:
     status, lines = check(shipped)
     assert status == 1
     assert lines[1] == f'{shipped}/quotarules.json: the rule "default" is missing'
-    assert lines[2].startswith(f"{shipped}/data/saslquota.db: ")
+    assert lines[-1].startswith(f"{shipped}/data/saslquota.db: ")
 
 
 def test_check_of_mysql_that_is_not_there(shipped: Path) -> None:
     port = free_port()
+    (shipped / "saslquota.json").chmod(0o640)
     status, lines = check(shipped, _store="mysql", _myhost="127.0.0.1", _myport=port)
     assert status == 1
     assert lines[:-1] == [f"{shipped}/saslquota.json: read", *in_words(shipped)]
@@ -165,8 +188,9 @@ def test_check_without_the_mysql_package(shipped: Path, tmp_path: Path) -> None:
     assert re.match("mysql-connector-python is missing: run .*pip install", lines[-1])
 
 
-def mysql_check(shipped: Path, database: Database, **settings: object) -> tuple[int, str]:
-    status, lines = check(shipped, **{**database.config(), **settings})
+def mysql_check(shipped: Path, database: Database, **settings: str) -> tuple[int, str]:
+    (shipped / "saslquota.json").chmod(0o640)
+    status, lines = check(shipped, **{**database.config(), **settings})  # type: ignore[arg-type]
     assert lines[:-1] == [f"{shipped}/saslquota.json: read", *in_words(shipped)]
     return status, lines[-1]
 
@@ -186,12 +210,12 @@ def test_check_of_mysql(shipped: Path, database: Database) -> None:
             {"_mypasswd": "wrong"},
             ["Access denied for user 'saslquota'@", "check _myuser and _mypasswd in", "grant"],
         ),
-        ({"_mydb": "elsewhere"}, ["elsewhere"]),
+        ({"_mydb": "elsewhere"}, ["the database elsewhere does not exist, or grant all"]),
     ],
     ids=["password", "database"],
 )
 def test_check_of_mysql_that_lets_nobody_in(
-    shipped: Path, database: Database, settings: dict[str, object], words: list[str]
+    shipped: Path, database: Database, settings: dict[str, str], words: list[str]
 ) -> None:
     status, line = mysql_check(shipped, database, **settings)
     assert status == 1
@@ -226,7 +250,7 @@ def test_any_terminal_will_do(shipped: Path, encoding: str) -> None:
         timeout=30,
     )
     assert (done.returncode, done.stderr) == (0, b"")
-    assert len(done.stdout.splitlines()) == 3
+    assert len(done.stdout.splitlines()) == 5 + IS_ROOT
 
 
 def test_check_warns_of_a_rule_that_is_never_selected(shipped: Path) -> None:
@@ -236,6 +260,155 @@ def test_check_warns_of_a_rule_that_is_never_selected(shipped: Path) -> None:
     path.write_text(json.dumps(rules), "utf-8")
     status, lines = check(shipped)
     assert status == 0
-    assert [line for line in lines if "warning" in line] == [
+    assert [line for line in lines if f"{path}: warning" in line] == [
         f'{path}: warning: "a*.com" is never selected, "*a*.com" comes first and matches as much'
     ]
+
+
+@pytest.mark.parametrize(
+    ("key", "doubt"),
+    [
+        ("192.0.2.7", "selects no client address"),
+        ("10.0.0.0/8", "selects no client address"),
+        ("2001:db8::/32", "selects no client address"),
+        ("10.1.*", "selects no client addresses"),
+        ("10.1.2.[3-7]", "selects no client addresses"),
+        ("bob@[192.0.2.7]", "selects no client address"),
+        ("user[1-20]@example.com", "selects no numbers"),
+        ("user[01-50]@example.com", "selects no numbers"),
+        ("user[0-9]@example.com", ""),
+        ("user1[0-9]@example.com", ""),
+        ("a1.example.com", ""),
+        ("12345", ""),
+        ("alice", ""),
+    ],
+)
+def test_check_doubts_keys(shipped: Path, key: str, doubt: str) -> None:
+    path = shipped / "quotarules.json"
+    path.write_text(json.dumps({"default": {"period": 60, "msgquota": 9}, key: {}}), "utf-8")
+    status, lines = check(shipped)
+    assert status == 0
+    found = [line for line in lines if f"{path}: warning" in line]
+    assert len(found) == bool(doubt)
+    assert not doubt or found[0].startswith(f'{path}: warning: "{key}" {doubt}: ')
+
+
+def test_check_of_a_login_without_a_domain(shipped: Path) -> None:
+    path = shipped / "quotarules.json"
+    path.write_text(json.dumps({"default": {"period": 60, "msgquota": 9}, "alice": {}}), "utf-8")
+    _, lines = check(shipped)
+    who = "this login, and each login of a domain of that name"
+    assert any(line.startswith(f"{path}: alice: {who}: 9 recipients") for line in lines)
+    _, lines = check(shipped, _defaultdomain="Example.com")
+    reason = "selects no login without a domain: with _defaultdomain that is "
+    assert f'{path}: warning: "alice" {reason}"alice@example.com"' in lines
+
+
+@pytest.mark.parametrize(
+    ("msg", "words"),
+    [
+        ("554 no more", "leave out the SMTP code"),
+        ("450-no more", "leave out the SMTP code"),
+        ("5.7.1 no more", ""),  # Postfix takes it (access(5), "ENHANCED STATUS CODES")
+        ("5000 mails are enough", ""),
+        ("não", "is not ASCII"),
+    ],
+)
+def test_check_doubts_texts(shipped: Path, msg: str, words: str) -> None:
+    path = shipped / "quotarules.json"
+    rules = {"default": {"period": 60, "msgquota": 9, "msg": msg}}
+    path.write_text(json.dumps(rules), "utf-8")
+    status, lines = check(shipped)
+    assert status == 0
+    found = [line for line in lines if 'msg of "default"' in line]
+    assert len(found) == bool(words)
+    assert not words or words in found[0]
+
+
+def test_check_of_the_address(shipped: Path, daemon: StartDaemon) -> None:
+    port = free_port()
+    assert (
+        f"127.0.0.1:{port}: can be listened on" in check(shipped, address=True, _bindport=port)[1]
+    )
+    started = daemon()
+    with started.policy() as policy:
+        assert policy.ask() == "OK"  # it has its file open
+        status, lines = check(started.directory, address=True)
+    assert status == 0
+    (line,) = [line for line in lines if f":{started.port}: " in line]
+    assert line.endswith(": in use; that is right if it is by saslquota itself")
+
+
+@pytest.mark.parametrize(
+    ("bind", "words"),
+    [
+        ("192.0.2.7", "cannot listen on 192.0.2.7:10008: "),
+        ("no-such-host.invalid", "cannot listen on no-such-host.invalid:10008: "),
+        ("unix:none/policy", "/none does not exist, see _bind"),
+        ("unix:" + "x" * 120, "too long for a socket, see _bind"),
+    ],
+)
+def test_check_of_an_address_that_cannot_be_listened_on(
+    shipped: Path, bind: str, words: str
+) -> None:
+    status, lines = check(shipped, _bind=bind)
+    assert status == 1
+    assert any(words in line for line in lines)
+
+
+def test_check_tells_the_risks(shipped: Path) -> None:
+    port = free_port()
+    _, lines = check(shipped, _bind="0.0.0.0", _bindport=port)
+    assert "warning: _bind 0.0.0.0 is open to other machines: set _allow" in lines
+    (shipped / "saslquota.json").chmod(0o644)
+    _, lines = check(shipped, _store="mysql", _mypasswd="secret", _myhost="unix:/none")
+    holds = f"{shipped}/saslquota.json holds a password and is readable by everybody"
+    assert any(line.startswith(f"warning: {holds}") for line in lines)
+
+
+SYSTEM_PYTHON = "/usr/bin/python3"  # every user can run it
+
+
+def check_by_system_python(directory: Path, *arguments: str) -> tuple[int, list[str]]:
+    done = subprocess.run(
+        [SYSTEM_PYTHON, directory / "saslquota.py", "--check", *arguments],
+        env=clean_environment({"_bindport": free_port()}),
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.stderr == ""
+    return done.returncode, done.stdout.splitlines()
+
+
+@pytest.fixture
+def owned(new_directory: Callable[[], Path]) -> Path:
+    """What the user nobody owns, in a directory that he can enter."""
+    require(SYSTEM_PYTHON, root=True)
+    directory = copy_shipped(new_directory() / "clone")
+    shutil.chown(directory, "nobody")
+    return directory
+
+
+def test_root_checks_as_the_owner(owned: Path) -> None:
+    """With the rights of the user who the daemon will run as."""
+    status, lines = check_by_system_python(owned)
+    assert (status, [line for line in lines if "cannot" in line]) == (0, [])
+    assert not any("running as root" in line for line in lines)
+    (owned / "quotarules.json").chmod(0o600)
+    status, lines = check_by_system_python(owned)
+    assert status == 1
+    assert lines[-1].startswith(f"the user nobody cannot read {owned}/quotarules.json: run chgrp ")
+    status, lines = check_by_system_python(owned, "--user", "root")
+    assert status == 0
+    (owned / "quotarules.json").chmod(0o644)
+    shutil.chown(owned, "root")
+    status, lines = check_by_system_python(owned, "--user", "nobody")
+    assert status == 1
+    assert lines[-1] == f"{owned}/saslquota.db: cannot be made, its directory is not writable"
+
+
+def test_check_as_nobody_there(shipped: Path) -> None:
+    require(root=True)
+    status, lines = check(shipped, "--user", "no-such-user")
+    assert (status, lines) == (1, ["saslquota: --user no-such-user: no such user"])

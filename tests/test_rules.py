@@ -11,12 +11,22 @@ import os
 from pathlib import Path
 
 import pytest
-from helpers import RETENTION, SENTENCE, example_files
+from helpers import DEFAULT_SENTENCE, RETENTION, SENTENCE, example_files
 from hypothesis import given
 from hypothesis import strategies as st
 from servers.process import ROOT
 
-from saslquota import ConfigError, Patterns, Rule, Rules, RulesFile, Window, load_rules
+from saslquota import (
+    ConfigError,
+    Patterns,
+    Rule,
+    Rules,
+    RulesFile,
+    Verdict,
+    Window,
+    load_rules,
+    refusal_text,
+)
 
 
 @pytest.mark.parametrize("path", example_files("rules/invalid"), ids=lambda path: path.stem)
@@ -47,18 +57,32 @@ def test_a_valid_file_gives_its_rules(path: Path) -> None:
 
 def test_the_shipped_rules() -> None:
     path = ROOT / "quotarules.json"
-    shipped = [("default", 120, 500), ("localhost", 1200, 5000), ("root@localhost", 300, 50)]
+    shipped = [
+        ("default", 120, 500, DEFAULT_SENTENCE),
+        ("localhost", 1200, 5000, SENTENCE.format(5000, 1200)),
+        ("root@localhost", 300, 50, SENTENCE.format(50, 300)),
+    ]
     assert json.loads(path.read_text("utf-8")) == {
         "$schema": "schema/quotarules.schema.json",
         **{
-            key: {"period": period, "msgquota": quota, "msg": f" {SENTENCE.format(quota, period)} "}
-            for key, period, quota in shipped
+            key: {"period": period, "msgquota": quota, "msg": f" {msg} "}
+            for key, period, quota, msg in shipped
         },
     }
     assert list(load_rules(path, RETENTION)) == [
-        Rule(key, (Window(period, quota, key, SENTENCE.format(quota, period)),))
-        for key, period, quota in shipped
+        Rule(key, (Window(period, quota, key, msg),)) for key, period, quota, msg in shipped
     ]
+
+
+def test_the_shipped_text_is_the_owners_and_true_for_what_inherits_it(tmp_path: Path) -> None:
+    path = tmp_path / "quotarules.json"
+    rules = json.loads((ROOT / "quotarules.json").read_text("utf-8"))
+    rules["ten.example"] = {"period": "10m", "msgquota": 5}
+    path.write_text(json.dumps(rules), "utf-8")
+    for login, quota, period in [("a@b.example", 500, 120), ("a@ten.example", 5, 600)]:
+        (window,) = load_rules(path, RETENTION).select(login).windows
+        refusal = Verdict(False, quota, window, over_quota=True)
+        assert refusal_text(login, refusal, 1) == SENTENCE.format(quota, period)
 
 
 def test_the_shipped_rules_are_readable_in_the_file() -> None:
@@ -195,7 +219,7 @@ def test_force_reads_also_what_looks_unchanged(
     ("broken", "reason"),
     [
         pytest.param('{\n"default": {', ", line 2, column 13: not JSON: ", id="half-written"),
-        pytest.param("", ", line 1, column 1: not JSON: Expecting value", id="empty"),
+        pytest.param("", ", line 1, column 1: not JSON: empty", id="empty"),
         pytest.param(
             '{\n"default": {"period": "soon", "msgquota": 20, "msg": "no"}}',
             ', line 2: "default": "period": must be seconds from 1 to 315360000, or',
@@ -216,7 +240,10 @@ def test_a_broken_file_keeps_the_old_rules(
     rules.reload()
     assert in_force(rules) == 10
     (error,) = errors(caplog)
-    assert f"the previous ones stay in force: {path}{reason}" in error
+    assert (
+        f"the previous ones stay in force, but saslquota would not start again: {path}{reason}"
+        in error
+    )
     assert "\n" not in error
 
 
