@@ -3033,13 +3033,14 @@ class SetupHints:
         # Monotonic seconds.
         self._started = monotonic()
         self._asked_at = self._counted_at = self._misplaced_at = -math.inf
-        self._asked: tuple[str, str, str] | None = None  # the last that was counted
+        self._asked: tuple[str, str, str] | None = None  # the last that was accepted
         self._misplaced = ""  # what was asked where nothing can be counted, until it is judged
         self._was_asked = self._was_asked_twice = False
         self._warnings = RateLimit(REMINDER_INTERVAL)
 
     def note(self, request: Request, answer: Answer, last: Request | None) -> None:
-        """A request has been answered; `last` is the one before it on its connection."""
+        """A request has been answered; `last` is the one that was accepted before it on its
+        connection."""
         if not self._was_asked:
             self._was_asked = True
             login = f"submission login {request.sasl_username}"
@@ -3047,7 +3048,7 @@ class SetupHints:
             log.info("first request from Postfix: %s, %s", request.protocol_state, who)
         if answer.verdict:
             self._counted_at = self._monotonic()
-            if not self._was_asked_twice:
+            if not self._was_asked_twice and answer.verdict.accepted:
                 self._look_for_duplicate(request, last)
         elif request.protocol_state not in Policy.EXPECTED and not self._misplaced:
             is_early = request.protocol_state in Policy.TOO_EARLY
@@ -3109,7 +3110,7 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         self._started = self._last_used = time.monotonic()
         self._deadline: float | None = self._started + self.server.client_timeout
         self._message = Message()
-        self._last_request: Request | None = None  # that was answered
+        self._last_accepted: Request | None = None
         self._pending: PendingCharge | None = None  # the last request's, until its reply was seen
         self._replying = threading.Lock()
         self._unsent = b""
@@ -3223,8 +3224,8 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         """Send the reply, as far as the client takes it at once; then log it."""
         reply = format_reply(answer.action)
         self._unsent = reply[send_at_once(self.request, reply) :]
-        self.server.log_decision(self.number, request, answer, self._last_request)
-        self._last_request = request
+        self.server.log_decision(self.number, request, answer, self._last_accepted)
+        self._last_accepted = request if answer.verdict and answer.verdict.accepted else None
         self.has_asked = True
         self._last_used = time.monotonic()
         self._replying.release()
@@ -3314,8 +3315,8 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def log_decision(
         self, number: int, request: Request, answer: Answer, last: Request | None
     ) -> None:
-        """Write the owner's lines about a request, in any thread. `last` is the one before it on
-        its connection."""
+        """Write the owner's lines about a request, in any thread. `last` is what was accepted
+        before it on its connection."""
         if log.isEnabledFor(logging.DEBUG):
             log.debug("[%d] end of recv: (%d)", number, request.size)
             if answer.rule:
@@ -3654,6 +3655,7 @@ def run_daemon(config: Config) -> int:
     # connections 5 ms, the default, let some starve (bench/README.md).
     sys.setswitchinterval(0.1)
     threading.stack_size(512 * 1024)
+    end_at_signals()
     rules = RulesFile(config.beside(config.quotafile), config.retentiondays * 86400)
     signals = catch_signals()
     store = make_store(config)
@@ -3686,6 +3688,13 @@ def run_daemon(config: Config) -> int:
     log.info("stopped by %s", received.name)
     writer.stop(SHUTDOWN_GRACE / 8)
     return 0
+
+
+def end_at_signals() -> None:
+    """Let signals end the daemon before it serves: to read 100,000 rules takes seconds."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda _number, _frame: sys.exit(0))
 
 
 def catch_signals() -> queue.SimpleQueue[int]:

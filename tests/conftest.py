@@ -28,6 +28,8 @@ from servers.process import Process
 from servers.supervisor import Supervisor
 from xdist.scheduler import LoadScopeScheduling
 
+import saslquota
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what needs a server: its directories tell. Workers begin with what takes longest."""
@@ -249,6 +251,14 @@ def fleet(tmp_path: Path) -> Iterator[StartFleet]:
     yield make
     for one in made:
         one.close()
+
+
+@pytest.fixture(scope="module")
+def exact_retries() -> Iterator[None]:
+    """Let every refusal's time be searched for, however many there are in a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saslquota, "RETRY_SEARCH_INTERVAL", 0.0)
+        yield
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """What is remembered of the accounts: enough to decide, and no more than that."""
 
 import tracemalloc
+from collections.abc import Sequence
 
 import pytest
 from fleet import NEVER, StartFleet
@@ -87,3 +88,34 @@ def test_the_base_of_a_window_is_exact_or_unknown(capacity: int) -> None:
             base = window.base(start, len(sent))
         assert base == sum(at < start for at in sent)
         assert len(window.rows) <= capacity
+
+
+def test_searches_for_when_a_charge_fits_are_few(
+    fleet: StartFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All others wait for each. Between two the latest possible time is told."""
+    one = fleet()
+    windows = (Window(3600, 300, msg="{retry_after}"),)
+    for _ in range(300):
+        assert one.send("a", windows)
+        one.world.now += SECOND
+    searches: list[object] = []
+    read = one.stores[0].entries_after
+
+    def counted(wanted: Sequence[tuple[str, int]]) -> list[StoredEntry]:
+        searches.append(wanted)
+        return read(wanted)
+
+    monkeypatch.setattr(one.stores[0], "entries_after", counted)
+    now = one.world.monotonic()
+    latest = now + 3600 - 1  # a second after the last send; all of them must leave for 300
+    waits = []
+    for n in range(100, 300):
+        charge = lone_charge("a", n, "", windows)
+        (verdict,) = one.ledgers[0].charge([charge], NEVER)
+        assert not verdict.accepted
+        assert verdict.retry_at is not None
+        waits.append((verdict.retry_at, now + 3300 + n - 1))
+    assert all(exact - 0.01 <= told <= latest + 0.01 for told, exact in waits)
+    assert waits[0][0] == pytest.approx(waits[0][1], abs=0.01)
+    assert len(searches) < 50

@@ -19,6 +19,8 @@ from servers.audit import SECOND
 import saslquota
 from saslquota import Charge, Debit, Entry, StoreError, Verdict, Window
 
+pytestmark = pytest.mark.usefixtures("exact_retries")
+
 HOUR = 3600  # seconds
 FIVE = (Window(HOUR, 5),)
 

@@ -18,6 +18,8 @@ from servers.audit import SECOND
 import saslquota
 from saslquota import Charge, Conflict, Debit, Entry, StoreError, TimedOut, Unavailable, Window
 
+pytestmark = pytest.mark.usefixtures("exact_retries")
+
 
 def test_the_quota_lets_exactly_the_quota_through(fleet: StartFleet) -> None:
     one = fleet()

@@ -569,6 +569,42 @@ def test_placeholders(make: Make) -> None:
     assert verdict_line(request(), answer).endswith(", msg={bob??@x.org} default 0/0 1h30m never")
 
 
+@pytest.mark.parametrize(
+    ("asked", "recipients", "field"),
+    [
+        ({"state": "RCPT", "recipient_count": 2}, "1", ""),
+        ({"state": "DATA", "recipient_count": 3}, "3", ", recipients=3"),
+        ({"state": "END-OF-MESSAGE", "recipient_count": 0}, "1", ", recipients=1"),
+    ],
+)
+def test_how_many_recipients_a_message_has(
+    make: Make, asked: dict[str, Any], recipients: str, field: str
+) -> None:
+    """The log and the text say it, also where messages are counted."""
+    msg = "{recipients} in {seconds} s"
+    policy = make(
+        {
+            "default": {"period": "10m", "msgquota": 0, "msg": msg},
+            "m.example": {"count": "messages"},
+        }
+    )
+    for login in ("a@x.example", "a@m.example"):
+        sent = request(login, **asked)
+        answer = check(policy, sent)
+        assert answer.msg == f"{recipients} in 600 s"
+        assert verdict_line(sent, answer).endswith(
+            f" instance=123.456.789.0{field}, msg={recipients} in 600 s"
+        )
+
+
+def test_a_login_adds_no_field_to_the_log(make: Make) -> None:
+    policy = make({"default": {**HOUR, "msgquota": 0, "msg": "no, {sasl_username}, no"}})
+    sent = request("bob, client_address=198.51.100.1, x")
+    line = verdict_line(sent, check(policy, sent))
+    assert line.count(", client_address=") == 1
+    assert line.endswith(r", msg=no, bob,\x20client_address=198.51.100.1,\x20x, no")
+
+
 def test_no_limit(make: Make) -> None:
     policy = make({"default": {**HOUR, "msgquota": "unlimited"}})
     answer = check(policy, request(state="DATA", recipient_count=1_000_000))

@@ -1,5 +1,6 @@
 """The real daemon over real sockets: connections, time-outs, limits and signals."""
 
+import json
 import os
 import re
 import resource
@@ -20,7 +21,7 @@ from helpers import SMALL, WHOLE, StartDaemon, in_background
 from servers.audit import count_rows
 from servers.daemon import Daemon, PolicyClient
 from servers.disk import locked
-from servers.ports import LOOPBACK, is_listening
+from servers.ports import LOOPBACK, free_port, is_listening
 from servers.process import ROOT, clean_environment, wait_for, wait_for_log
 
 ONE_EACH = {"default": {"period": 3600, "msgquota": 1, "msg": "over quota"}}
@@ -602,6 +603,51 @@ def test_requests_in_a_row_are_all_counted_or_not_answered(daemon: StartDaemon) 
     assert count_rows(running.ledger) - answered in (0, 1)
 
 
+MANY = {f"user{n}@example.com": {"msgquota": n} for n in range(100_000)}
+
+
+@TERM
+def test_rules_that_are_being_read_hold_up_no_end(daemon: StartDaemon, signum: int) -> None:
+    running = daemon(rules=quota(1))
+    running.write_rules(quota(1) | MANY)
+    with running.policy() as policy:
+        assert policy.ask() == "OK"
+        os.kill(running.pid, signal.SIGHUP)
+        wait_for_log(running, "SIGHUP: reading the rules")
+        start = time.monotonic()
+        assert running.stop(signum) == 0
+        assert time.monotonic() - start < 5
+    assert "Traceback" not in running.log()
+
+
+@TERM
+def test_rules_that_are_read_at_the_start_hold_up_no_end(shipped: Path, signum: int) -> None:
+    """Before anything is served there is nothing to end."""
+    (shipped / "quotarules.json").write_text(json.dumps(quota(1) | MANY), "utf-8")
+    started = subprocess.Popen(
+        [sys.executable, "saslquota.py"],
+        cwd=shipped,
+        env=clean_environment({"_bindport": free_port()}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        wait_for(lambda: catches(started.pid, signal.SIGTERM), 10, "it is about to read")
+        started.send_signal(signum)
+        output, _ = started.communicate(timeout=5)
+    finally:
+        started.kill()
+    assert (started.returncode, output) == (0, b"")
+
+
+def catches(pid: int, signum: int) -> bool:
+    """Whether a process has a handler for a signal (proc(5), SigCgt)."""
+    status = Path(f"/proc/{pid}/status").read_text("utf-8")
+    found = re.search("^SigCgt:\\s*([0-9a-f]+)$", status, re.MULTILINE)
+    assert found
+    return bool(int(found[1], 16) >> (signum - 1) & 1)
+
+
 def quota(amount: int) -> dict[str, object]:
     return {"default": {"period": 3600, "msgquota": amount, "msg": f"{amount} are enough"}}
 
@@ -631,7 +677,7 @@ def test_a_broken_rules_file_changes_nothing(daemon: StartDaemon) -> None:
     with running.policy() as policy:
         path.write_text('{\n  "default": {"period": 60,\n}', "utf-8")
         os.kill(running.pid, signal.SIGHUP)
-        wait_for_log(running, f"{path}, line 3, column 1: not JSON")
+        wait_for_log(running, f"{path}, line 2, column 27: not JSON")
         assert [policy.ask(), policy.ask()] == ["OK", "REJECT 1 are enough"]
         running.write_rules(quota(3))
         wait_for_log(running, "rules reloaded: default 3 in 3600 s")

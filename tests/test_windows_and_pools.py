@@ -17,6 +17,8 @@ from servers.audit import SECOND
 import saslquota
 from saslquota import Charge, Debit, Entry, StoreError, Verdict, Window
 
+pytestmark = pytest.mark.usefixtures("exact_retries")
+
 
 def window(period: int, quota: float, *, enforce: bool = True, asks: bool = True) -> Window:
     """A window whose message tells when a send would fit, or not."""
