@@ -3043,9 +3043,8 @@ class SetupHints:
         connection."""
         if not self._was_asked:
             self._was_asked = True
-            login = f"submission login {request.sasl_username}"
-            who = login if request.sasl_username else "no login"
-            log.info("first request from Postfix: %s, %s", request.protocol_state, who)
+            text = "first request from Postfix: %s, submission login %s"
+            log.info(text, request.protocol_state, request.sasl_username or "(none)")
         if answer.verdict:
             self._counted_at = self._monotonic()
             if not self._was_asked_twice and answer.verdict.accepted:

@@ -76,14 +76,14 @@ def pass_time(hints: SetupHints, clock: Clock, seconds: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("login", "who"), [("alice@a.example", "submission login alice@a.example"), ("", "no login")]
+    ("login", "shown"), [("alice@a.example", "alice@a.example"), ("", "(none)")]
 )
 def test_the_first_request(
-    hints: SetupHints, caplog: pytest.LogCaptureFixture, login: str, who: str
+    hints: SetupHints, caplog: pytest.LogCaptureFixture, login: str, shown: str
 ) -> None:
     caplog.set_level("INFO", "saslquota")
     note(hints, request("RCPT", login), request("DATA", "bob"))
-    assert caplog.messages == [f"first request from Postfix: RCPT, {who}"]
+    assert caplog.messages == [f"first request from Postfix: RCPT, submission login {shown}"]
 
 
 def test_nobody_asks(hints: SetupHints, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
