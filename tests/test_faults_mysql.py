@@ -47,6 +47,10 @@ from saslquota import MySQLStore
 pytestmark = pytest.mark.slow
 
 
+# What does not depend on the server.
+ONLY_MARIADB = pytest.mark.parametrize("each_server", ["mariadb"], indirect=True)
+
+
 @pytest.fixture
 def server(each_server: MariaDB) -> MariaDB:
     return each_server
@@ -60,9 +64,14 @@ def counting(database: Database, daemon: StartDaemon) -> Iterator[Daemon]:
     assert "Traceback" not in running.log()
 
 
-def test_killed_ten_times(server: MariaDB, database: Database, counting: Daemon) -> None:
+@pytest.mark.parametrize(
+    ("each_server", "times"), [("mariadb", 10), ("mysql", 3)], indirect=["each_server"]
+)
+def test_killed_again_and_again(
+    server: MariaDB, database: Database, counting: Daemon, times: int
+) -> None:
     with Load(counting.port) as load:
-        for _ in range(10):
+        for _ in range(times):
             load.wait(OK, 10, 100)
             server.kill()
             load.wait(DEFERRED, LATEST + SLACK, 50)
@@ -198,6 +207,7 @@ def test_a_pools_rows_are_locked(database: Database, daemon: StartDaemon) -> Non
     assert "account POOL @quota.example: " in line
 
 
+@ONLY_MARIADB
 @pytest.mark.parametrize(("delay", "dbtimeout"), [(1.8, 5), (0.8, 2)])
 def test_a_slow_server_is_a_dead_one(
     server: MariaDB, database: Database, daemon: StartDaemon, delay: float, dbtimeout: int
