@@ -41,7 +41,7 @@ def test_nodes_that_write_the_same_accounts(group: Group, daemon: StartDaemon) -
     rules: dict[str, dict[str, object]]
     rules = {"default": {"period": 5, "msgquota": 60, "msg": "over quota"}}
     rules |= {"busy@example.com": {"msgquota": "unlimited"}}
-    config = {**shared.config(), "_loglevel": "INFO", "_dbtimeout": 30}  # many servers on one machine
+    config = {**shared.config(), "_loglevel": "INFO", "_dbtimeout": 30}  # a busy machine
     daemons = [daemon({**config, "_myhost": group.hosts(n)}, rules) for n in range(3)]
     ports = [running.port for running in daemons]
     with Load(ports, ["busy@example.com"], connections=6, pause=0) as busy:
