@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from helpers import require
+from helpers import in_background, require
 from servers.daemon import Daemon, PolicyClient, copy_shipped
 from servers.mariadb import Database, MariaDB, session
 from servers.ports import LOOPBACK, free_port, is_listening
 from servers.postfix import Postfix, any_certificate, is_accepted
-from servers.process import ROOT, Process, clean_environment, run, wait_for
+from servers.process import ROOT, Process, clean_environment, run, wait_for, wait_for_log
 
 import saslquota
 from saslquota import Config, load_config, load_rules
@@ -334,6 +334,135 @@ def test_the_rules_as_described(daemon: START) -> None:
         assert policy.ask(sasl_username="Bob@EXAMPLE.com") == "OK"
         assert policy.ask(sasl_username="ann@example.com") == "OK"
         assert policy.ask(sasl_username="bob@example.COM") == "REJECT no more"
+
+
+# --- Limits from a database -----------------------------------------------------------------------
+
+LIMITS = "Limits from a database"
+LIMITS_QUERY = block(RULES, LIMITS, "sql")
+LIMITS_SCRIPT = block(RULES, LIMITS, "sh")
+LIMITS_CRON = block(RULES, LIMITS, "")
+MAILBOXES = (
+    "CREATE TABLE mailbox (username VARCHAR(255) CHARACTER SET {} NOT NULL PRIMARY KEY,"
+    " msgquota INT NULL)"
+)
+
+
+class Panel:
+    """A panel's database, and the files of an /opt/saslquota that is the daemon's directory."""
+
+    def __init__(self, server: MariaDB, started: Daemon, charset: str = "utf8mb4") -> None:
+        self.database = server.create_database(with_table=False)
+        self.database.sql(MAILBOXES.format(charset))
+        self.directory = started.directory
+        self.rules = self.directory / "quotarules.json"
+        (self.directory / "quotarules.sql").write_text(LIMITS_QUERY)
+
+    def add(self, *rows: tuple[str, int | None]) -> None:
+        values = ", ".join(f"('{name}', {'NULL' if n is None else n})" for name, n in rows)
+        self.database.sql(f"SET NAMES utf8mb4; INSERT INTO mailbox VALUES {values}")
+
+    def update(self) -> str:
+        """Do what cron does."""
+        server = self.database.server
+        script = self.directory / "saslquota-rules"
+        shell_script = LIMITS_SCRIPT
+        for old, new in (
+            ("/opt/saslquota", f"{self.directory}"),
+            ("mysql --", f"{server.CLIENT} --no-defaults -uroot -S{server.socket} --"),
+            ("runuser -u saslquota -- ", ""),
+            (
+                "venv/bin/python saslquota.py",
+                f"{sys.executable} {ROOT}/saslquota.py -c saslquota.json",
+            ),
+        ):
+            assert old in shell_script
+            shell_script = shell_script.replace(old, new)
+        script.write_text(shell_script)
+        times, _root, command = LIMITS_CRON.strip().partition(" root ")
+        assert times == "*/5 * * * *"
+        return shell(
+            command,
+            ("/usr/local/sbin/saslquota-rules", f"{script}"),
+            (" vmail", f" {self.database.name}"),
+        )
+
+    def stamp(self) -> tuple[int, int]:
+        """It changes when the file of the rules is replaced or written."""
+        found = self.rules.stat()
+        return found.st_ino, found.st_mtime_ns
+
+    def files(self) -> set[str]:
+        return {path.name for path in self.directory.glob("quotarules.*")}
+
+
+def test_limits_from_a_database(daemon: START, each_server: MariaDB) -> None:
+    """50,000 of them, while the daemon serves."""
+    started = daemon()
+    panel = Panel(each_server, started)
+    panel.add(*((f"box{number}@example.com", number % 100) for number in range(50_000)))
+    panel.add(("josé@example.com", 2), ('"a b"@example.com', 1), ("o''neil@example.com", 1))
+
+    def serve() -> None:
+        assert policy.ask(sasl_username="ann@example.net").startswith(("OK", "REJECT "))
+
+    with started.policy() as policy, in_background(serve):
+        assert panel.update() == ""
+        wait_for_log(started, "rules reloaded: ")
+    assert modes(panel.rules) == ["0o644"]
+    assert panel.files() == {"quotarules.json", "quotarules.sql", "quotarules.check"}
+    assert len(json.loads(panel.rules.read_text("utf-8"))) == 1 + 49_500 + 3
+    with started.policy() as policy:
+        for login, quota in (
+            ("box49903@example.com", 3),
+            ("josé@example.com", 2),
+            ('"a b"@example.com', 1),
+            ("o'neil@example.com", 1),
+        ):
+            answers = [policy.ask(sasl_username=login)[:6] for _ in range(quota + 1)]
+            assert answers == ["OK"] * quota + ["REJECT"], login
+        assert policy.ask(sasl_username="box100@example.com") == "OK"  # 0: it has the default
+    assert "unavailable" not in started.log()
+
+
+def test_limits_that_did_not_change(daemon: START, each_server: MariaDB) -> None:
+    panel = Panel(each_server, daemon(), "latin1")
+    panel.add(("josé@example.com", 2), ("none@example.com", None))
+    panel.update()
+    rules = json.loads(panel.rules.read_text("utf-8"))
+    assert rules == {
+        "default": {"period": "1h", "msgquota": 200},
+        "josé@example.com": {"msgquota": 2},
+    }
+    before = panel.stamp()
+    panel.update()
+    assert panel.stamp() == before
+    panel.database.sql("DELETE FROM mailbox")
+    panel.update()
+    rules = json.loads(panel.rules.read_text("utf-8"))
+    assert rules == {"default": {"period": "1h", "msgquota": 200}}
+
+
+@pytest.mark.parametrize(
+    ("cause", "reason"),
+    [
+        ("DROP TABLE mailbox", "mailbox' doesn't exist"),
+        ("INSERT INTO mailbox VALUES ('a b.example', 1), ('a@b c', 1)", "no login has a space"),
+    ],
+    ids=["query", "mistake"],
+)
+def test_limits_that_cannot_be_had(
+    daemon: START, each_server: MariaDB, cause: str, reason: str
+) -> None:
+    """The old file stays, and somebody is told."""
+    panel = Panel(each_server, daemon())
+    panel.add(("ann@example.com", 2))
+    panel.update()
+    before = panel.stamp(), panel.files()
+    panel.database.sql(cause)
+    with pytest.raises(AssertionError, match=reason):
+        panel.update()
+    assert (panel.stamp(), panel.files()) == before
 
 
 # --- The production set-up, and what comes after it -----------------------------------------------
