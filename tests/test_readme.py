@@ -861,6 +861,9 @@ def test_the_reply_a_sender_sees(daemon: START, postfix: Callable[..., Postfix])
     assert seen.replace(LOOPBACK, "192.0.2.1") == REFUSAL
 
 
+EXEMPT = "check_recipient_access inline:{r1@example.net=OK}"
+
+
 def send_to_three(instance: Postfix) -> None:
     with instance.login() as client:
         to = [f"r{number}@example.net" for number in range(3)]
@@ -872,10 +875,11 @@ def send_to_three(instance: Postfix) -> None:
     [
         ({"smtpd_client_restrictions": "permit_mynetworks, $saslquota"}, 0),
         ({"smtpd_client_restrictions": "permit_sasl_authenticated, $saslquota"}, 0),
+        ({"smtpd_client_restrictions": f"{EXEMPT}, $saslquota"}, 2),
         ({"smtpd_client_restrictions": "$saslquota, permit_mynetworks"}, 3),
         ({"smtpd_recipient_restrictions": "$saslquota, permit_sasl_authenticated, reject"}, 6),
     ],
-    ids=["behind-mynetworks", "behind-authenticated", "before", "twice"],
+    ids=["behind-mynetworks", "behind-authenticated", "behind-a-table", "before", "twice"],
 )
 def test_wrong_places(
     daemon: START, postfix: Callable[..., Postfix], options: dict[str, str], counted: int
@@ -886,6 +890,106 @@ def test_wrong_places(
     send_to_three(instance)
     rows = sqlite_rows(started.directory / "saslquota.db", "SELECT seq FROM sends")
     assert len(rows) == counted
+
+
+@pytest.mark.parametrize(
+    ("value", "okaction", "code"),
+    [
+        ("$saslquota,reject_sender_login_mismatch", "OK", 250),
+        ("$saslquota,reject_sender_login_mismatch", "DUNNO", 553),
+        ("reject_sender_login_mismatch,$saslquota", "OK", 553),
+    ],
+)
+def test_before_a_check_that_refuses(
+    daemon: START, postfix: Callable[..., Postfix], value: str, okaction: str, code: int
+) -> None:
+    """OK ends the list, DUNNO does not."""
+    policy = f"check_policy_service inet:{LOOPBACK}:{daemon({'_okaction': okaction}).port}"
+    owner = {"smtpd_sender_login_maps": "inline:{ceo@example.com=ceo@example.com}"}
+    options = {"smtpd_client_restrictions": value}
+    with postfix(policy, owner, options).login() as client:
+        client.mail("ceo@example.com")
+        assert client.rcpt("r0@example.net")[0] == code
+
+
+AT = {
+    "RCPT": {},
+    "DATA": {"smtpd_client_restrictions": "", "smtpd_data_restrictions": "$saslquota"},
+}
+
+
+@pytest.mark.parametrize("stage", AT)
+def test_what_a_message_costs(daemon: START, postfix: Callable[..., Postfix], stage: str) -> None:
+    """The rows of docs/install.md's table, and what is said below it."""
+    started = daemon(rules={"default": {"period": 3600, "msgquota": 7}})
+    refuse = "check_recipient_access inline:{unknown@example.net=REJECT}, permit_sasl_authenticated"
+    policy = f"check_policy_service inet:{LOOPBACK}:{started.port}"
+    main = {
+        "header_checks": "regexp:{{/^Subject: refused/ REJECT}}",
+        "smtpd_recipient_limit": "5",
+    }
+    instance = postfix(
+        policy, main, {**AT[stage], "smtpd_recipient_restrictions": f"{refuse}, reject"}
+    )
+    charged: list[int] = []
+
+    def cost() -> int:
+        rows = sqlite_rows(started.ledger, "SELECT recipients FROM sends ORDER BY seq")
+        found = [int(row) for row in rows[len(charged) :]]
+        charged.extend(found)
+        return sum(found)
+
+    with instance.login() as client:
+
+        def name(*recipients: str) -> list[int]:
+            client.mail("alice@example.com")
+            return [client.rcpt(f"{name}@example.net")[0] for name in recipients]
+
+        at_rcpt = stage == "RCPT"
+        assert name("a", "unknown") == [250, 554]
+        assert client.data("Subject: x\n\n")[0] == 250
+        assert cost() == (2 if at_rcpt else 1)
+        assert name("a") == [250]
+        client.rset()
+        assert cost() == (1 if at_rcpt else 0)
+        assert name("a") == [250]
+        assert client.data("Subject: refused\n\n")[0] == 550
+        assert cost() == 1
+        if at_rcpt:
+            assert name("a", "b", "c", "d") == [250, 250, 250, 554]
+            client.rset()
+            assert cost() == 3
+        else:
+            assert name("a", "b", "c") == [250] * 3
+            assert client.data("Subject: x\n\n")[0] == 250
+            assert cost() == 3
+            assert name("a", "b", "c", "d", "e", "f") == [250] * 5 + [452]
+            with pytest.raises(smtplib.SMTPDataError, match="554"):
+                client.data("Subject: x\n\n")
+            assert cost() == 0
+    limit = run(["postconf", "-d", "-h", "smtpd_recipient_limit"]).strip()
+    assert f"`smtpd_recipient_limit` recipients ({limit})" in DOCUMENTS[INSTALL]
+
+
+@pytest.mark.parametrize(("stage", "rows"), [("RCPT", 3), ("DATA", 1)])
+def test_messages_with_a_connection_for_each_request(
+    daemon: START, postfix: Callable[..., Postfix], stage: str, rows: int
+) -> None:
+    started = daemon(rules={"default": {"period": 3600, "msgquota": 7, "count": "messages"}})
+    policy = f"check_policy_service inet:{LOOPBACK}:{started.port}"
+    send_to_three(postfix(policy, {"smtpd_policy_service_request_limit": "1"}, AT[stage]))
+    assert sqlite_rows(started.ledger, "SELECT recipients FROM sends") == ["1"] * rows
+
+
+def test_mail_of_sendmail_is_not_counted(daemon: START, postfix: Callable[..., Postfix]) -> None:
+    """As of cron and PHP's mail(), which use it."""
+    require("sendmail")
+    started = daemon()
+    instance = postfix(f"check_policy_service inet:{LOOPBACK}:{started.port}")
+    sendmail = ["sendmail", "-C", str(instance.config), "-f", "alice@example.com"]
+    run([*sendmail, "r0@example.net"], stdin="Subject: x\n\n")
+    wait_for_log(instance, "to=<r0@example.net>.* status=sent")
+    assert "sasl_username" not in started.log()
 
 
 def test_from_recipients_to_messages(daemon: START, postfix: Callable[..., Postfix]) -> None:
@@ -947,7 +1051,7 @@ def test_port_25(daemon: START, new_directory: Callable[[], Path]) -> None:
 
 
 OTHER_SYSTEMS = re.findall(
-    r"^\| [^|]+ \| (?:`(.*)`|\(empty.*\)) \| `(\$saslquota.*)` \|$",
+    r"^\| [^|]+ \| (?:`(.*)`|\(empty.*\)) \| `(.*\$saslquota.*)` \|$",
     DOCUMENTS[INSTALL],
     re.MULTILINE,
 )
@@ -958,12 +1062,15 @@ def test_other_mail_systems(
     daemon: START, new_directory: Callable[[], Path], before: str, after: str
 ) -> None:
     """Each value that an entry may hold, and the one that takes its place."""
-    assert len(OTHER_SYSTEMS) == 4
-    assert after == f"$saslquota,{before}".rstrip(",")
+    assert len(OTHER_SYSTEMS) == 5
+    assert after.replace("$saslquota", "").replace(",,", ",").strip(",") == before
     require("postfix", "postconf", "saslpasswd2", "openssl", root=True)
     started = daemon()
     policy = f"check_policy_service inet:{LOOPBACK}:{started.port}"
-    main = {"mua_client_restrictions": "permit_sasl_authenticated,reject"}
+    main = {
+        "mua_client_restrictions": "permit_sasl_authenticated,reject",
+        "smtpd_sender_login_maps": "inline:{alice@example.com=alice@example.com}",
+    }
     options = {"smtpd_client_restrictions": before}
     instance = Postfix(new_directory(), policy, main, options)
     (value,) = re.findall(r"=(.*)'", OTHER_MASTER)
