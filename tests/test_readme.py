@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from helpers import in_background, require
+from fleet import StartFleet
+from helpers import DAY, in_background, require
 from servers.daemon import Daemon, PolicyClient, copy_shipped
 from servers.mariadb import Database, MariaDB, session
 from servers.ports import LOOPBACK, free_port, is_listening
@@ -31,7 +32,7 @@ from servers.postfix import Postfix, any_certificate, is_accepted
 from servers.process import ROOT, Process, clean_environment, run, wait_for, wait_for_log
 
 import saslquota
-from saslquota import Config, load_config, load_rules
+from saslquota import Config, Window, load_config, load_rules
 
 NAMES = ["README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 NAMES += [f"docs/{name}.md" for name in ("install", "rules", "operation", "upgrading")]
@@ -1519,6 +1520,56 @@ def test_unblock_with_a_clock_that_went_back(counting: Counting) -> None:
         assert sql(statement("AS used")) == ["5"]
 
 
+REMOVE_UNUSED = {
+    heading: block(OPERATION, "Logins that are not used any more", "sql", word)
+    for heading, word in (("MySQL, MariaDB", "UTC_TIMESTAMP"), ("SQLite", "strftime"))
+}
+
+
+def test_remove_unused_logins(counting: Counting) -> None:
+    """No count changes; whoever was removed begins as new."""
+    started, sql, statement = counting
+    is_sqlite = "strftime" in statement("AS used")
+    with started.policy() as policy:
+        for user, number in ((BOB, 5), ("ann@x.org", 2), ("ghost@x.org", 2), ("late@x.org", 1)):
+            assert [policy.ask(sasl_username=user) for _ in range(number)] == ["OK"] * number
+    started.stop()
+
+    def date_back(days: int, which: str) -> None:
+        older = f"at - {days * 86400}000000" if is_sqlite else f"at - INTERVAL {days} DAY"
+        sql(f"UPDATE sends SET at = {older} WHERE {which}")
+
+    date_back(31, "account = 'ghost@x.org' OR (account = 'ann@x.org' AND seq = 1)")
+    date_back(29, "account = 'late@x.org'")
+    used = sql(statement("AS used"))
+    sql(REMOVE_UNUSED["SQLite" if is_sqlite else "MySQL, MariaDB"])
+    left = sql("SELECT account, COUNT(*) FROM sends GROUP BY account ORDER BY account")
+    assert left == ["ann@x.org\t2", f"{BOB}\t5", "late@x.org\t1"]
+    assert sql(statement("AS used")) == used == ["5"]
+    started.start()
+    with started.policy() as policy:
+        assert policy.ask(sasl_username=BOB) == "REJECT no more"
+        for user, number in (("ann@x.org", 4), ("ghost@x.org", 5), ("late@x.org", 5)):
+            answers = [policy.ask(sasl_username=user) for _ in range(number + 1)]
+            assert answers == ["OK"] * number + ["REJECT no more"]
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_why_all_daemons_are_stopped_for_that(fleet: StartFleet, stopped: bool) -> None:
+    """One that runs goes on where the account was, another one begins anew."""
+    two, quota = fleet(2), (Window(3600, 5, "default", "no more"),)
+    assert [two.send("ghost", quota, daemon=0) for _ in range(3)] == [True] * 3
+    two.world.now += 40 * DAY * 1_000_000
+    sqlite_rows(two.path, "DELETE FROM sends WHERE account = 'ghost'")
+    if stopped:
+        two.ledgers = [two.ledger(store) for store in two.stores]
+    accepted = 0
+    for number in range(20):
+        two.world.now += 100_000
+        accepted += two.send("ghost", quota, daemon=(number + 1) % 2)
+    assert (accepted == 5) is stopped
+
+
 def test_the_sqlite_client(daemon: START) -> None:
     require("sqlite3")
     started = daemon(rules=QUOTA)
@@ -1540,18 +1591,31 @@ DROP_INDEX = {
 }
 OLD_INDEX = "CREATE INDEX sends_window ON sends (account, epoch, at, seq, total, recipients)"
 OLD_TABLE = (
-    "CREATE TABLE `log` (`sasl_username` VARCHAR(320) NOT NULL, `date` DATETIME(6) NOT NULL,"
+    "CREATE TABLE `{}` (`sasl_username` VARCHAR(320) NOT NULL, `date` DATETIME(6) NOT NULL,"
     " PRIMARY KEY (`sasl_username`, `date`)) ENGINE = InnoDB"
 )
 
 
-@pytest.fixture(params=["utf8mb4", "latin1", "utf8mb3"])
-def old_log(request: pytest.FixtureRequest, database: Database) -> Database:
+class OldLog(NamedTuple):
+    """A database in which 1.x counted, and the name of its table."""
+
+    database: Database
+    table: str
+
+    def carry_over(self) -> None:
+        assert CARRY_OVER.count("FROM log ") == 1
+        self.database.sql(CARRY_OVER.replace("FROM log ", f"FROM {self.table} "))
+
+
+@pytest.fixture(params=[("utf8mb4", "log"), ("latin1", "Log"), ("utf8mb3", "saslquota_log")])
+def old_log(request: pytest.FixtureRequest, database: Database) -> OldLog:
     """What 1.x left: local time, logins as they were typed, rows too old to matter."""
+    charset, table = request.param
     # 1.x stored now(6); here that is three hours behind UTC.
     offset = database.sql("SELECT TIMESTAMPDIFF(HOUR, UTC_TIMESTAMP(), NOW())")
     assert offset == "-3"
-    database.sql(f"{OLD_TABLE} DEFAULT CHARSET = {request.param}")
+    database.sql(f"{OLD_TABLE.format(table)} DEFAULT CHARSET = {charset}")
+    assert f"`{table}`" in DOCUMENTS[UPGRADING]
     for login, seconds in (
         ("Bob@Example.com", (90000, 86300, 7000, 3)),
         ("bob@example.com", (6000, 2)),
@@ -1563,8 +1627,9 @@ def old_log(request: pytest.FixtureRequest, database: Database) -> Database:
         ("", (60,)),
     ):
         for ago in seconds:
-            database.sql(f"INSERT INTO log VALUES ('{login}', NOW(6) - INTERVAL {ago} SECOND)")
-    return database
+            when = f"NOW(6) - INTERVAL {ago} SECOND"
+            database.sql(f"INSERT INTO {table} VALUES ('{login}', {when})")
+    return OldLog(database, table)
 
 
 def totals(database: Database) -> dict[str, str]:
@@ -1575,11 +1640,12 @@ def totals(database: Database) -> dict[str, str]:
 CARRIED = {BOB: "6", "ann@example.com": "2", "jose@example.com": "2", "josé@example.com": "2"}
 
 
-def test_carry_the_counts_over(daemon: START, old_log: Database) -> None:
-    before = old_log.sql("SELECT * FROM log")
-    old_log.sql(CARRY_OVER)
-    assert totals(old_log) == CARRIED
-    rows = old_log.sql(
+def test_carry_the_counts_over(daemon: START, old_log: OldLog) -> None:
+    database = old_log.database
+    before = database.sql(f"SELECT * FROM {old_log.table}")
+    old_log.carry_over()
+    assert totals(old_log.database) == CARRIED
+    rows = old_log.database.sql(
         "SELECT seq, epoch, recipients, total,"
         " ROUND(TIMESTAMPDIFF(SECOND, at, UTC_TIMESTAMP(6)), -2)"
         f" FROM sends WHERE account = '{BOB}' ORDER BY at, seq"
@@ -1588,14 +1654,14 @@ def test_carry_the_counts_over(daemon: START, old_log: Database) -> None:
         f"{number}\t1\t1\t{number}\t{ago}"
         for number, ago in enumerate((86300, 7000, 6000, 5000, 0, 0), 1)
     ]
-    assert old_log.sql("SELECT * FROM log") == before
+    assert database.sql(f"SELECT * FROM {old_log.table}") == before
 
     rules = {
         "default": {"period": 86400, "msgquota": 8, "msg": "day"},
         "ann@example.com": {"period": 60, "msgquota": 8, "msg": "minute"},
         "josé@example.com": {"period": 20, "msgquota": 8, "msg": "less"},
     }
-    with daemon(old_log.config(), rules).policy() as policy:
+    with daemon(old_log.database.config(), rules).policy() as policy:
 
         def accepted(login: str) -> int:
             answers = [policy.ask(sasl_username=login) for _ in range(10)]
@@ -1606,25 +1672,25 @@ def test_carry_the_counts_over(daemon: START, old_log: Database) -> None:
         assert accepted("josé@example.com") == 7
         assert accepted("jose@example.com") == 6
         assert accepted("old@example.com") == 8
-    assert old_log.sql(STATEMENTS["MySQL, MariaDB"][0]) == "4"  # two were carried over
+    assert old_log.database.sql(STATEMENTS["MySQL, MariaDB"][0]) == "4"  # two were carried over
 
 
-def test_carry_over_twice(old_log: Database) -> None:
+def test_carry_over_twice(old_log: OldLog) -> None:
     for _ in range(2):
-        old_log.sql(CARRY_OVER)
-        assert totals(old_log) == CARRIED
-        assert old_log.sql("SELECT COUNT(*) FROM sends") == "12"
+        old_log.carry_over()
+        assert totals(old_log.database) == CARRIED
+        assert old_log.database.sql("SELECT COUNT(*) FROM sends") == "12"
 
 
-def test_carry_over_leaves_what_is_counted_already(daemon: START, old_log: Database) -> None:
+def test_carry_over_leaves_what_is_counted_already(daemon: START, old_log: OldLog) -> None:
     """A sender whom the new daemon has counted keeps that count."""
-    with daemon(old_log.config()).policy() as policy:
+    with daemon(old_log.database.config()).policy() as policy:
         assert policy.ask(sasl_username=BOB) == "OK"
-        old_log.sql(CARRY_OVER)
-        assert totals(old_log) == {**CARRIED, BOB: "1"}
+        old_log.carry_over()
+        assert totals(old_log.database) == {**CARRIED, BOB: "1"}
         assert policy.ask(sasl_username=BOB) == "OK"
         assert policy.ask(sasl_username="ann@example.com") == "OK"
-    assert totals(old_log) == {**CARRIED, BOB: "2", "ann@example.com": "3"}
+    assert totals(old_log.database) == {**CARRIED, BOB: "2", "ann@example.com": "3"}
 
 
 def test_the_old_settings_go_on_working(tmp_path: Path) -> None:
