@@ -17,7 +17,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
@@ -80,12 +80,13 @@ def block(document: str, heading: str, language: str, word: str = "") -> str:
     return found[0].text
 
 
-def shell(script: str, *replacements: tuple[str, str], cwd: Path = ROOT) -> str:
+def shell(script: str, *replacements: tuple[str, str], cwd: Path = ROOT, stdin: str = "") -> str:
     """Run a shell block, with some of its texts replaced; each must be there."""
     for old, new in replacements:
         assert old in script, f"no {old} in: {script}"
         script = script.replace(old, new)
-    return run(["bash", "-euc", script], env=clean_environment(), cwd=cwd)
+    command = ["setsid", "--wait", "bash", "-euc", script]  # without a terminal to ask at
+    return run(command, env=clean_environment(), cwd=cwd, stdin=stdin)
 
 
 # --- The documents themselves ---------------------------------------------------------------------
@@ -473,12 +474,16 @@ USE_SQLITE = block(README, "2. Configure", "sh", "_sqlitefile")
 CHECK = block(README, "2. Configure", "sh", "--check")
 UNDER_SUPERVISORD = block(README, "3. Start", "sh", "reread")
 LISTENS = block(README, "3. Start", "sh", "ss -ltn")
-RESTART_AND_RELOAD = block(OPERATION, "Restart and reload", "sh")
+RESTART_AND_RELOAD = block(OPERATION, "Restart and reload", "sh", "HUP")
+CHECK_AND_RESTART = block(OPERATION, "Restart and reload", "sh", "--check")
 CHECK_AT_NIGHT = block(OPERATION, "At 3 a.m.", "sh", "--check")
 START_AT_NIGHT = block(OPERATION, "At 3 a.m.", "sh", "supervisorctl start")
-UPGRADE = block(UPGRADING, "Between versions 2.x", "sh", "install")
-WAY_BACK = block(UPGRADING, "Between versions 2.x", "sh", "cp /opt/saslquota/saslquota.py.old")
+UPGRADE = block(UPGRADING, "From 2.0 on", "sh", "install")
+WAY_BACK = block(UPGRADING, "From 2.0 on", "sh", "cp /opt/saslquota/saslquota.py.old")
 STOP_THE_OLD = block(UPGRADING, "From noskoski/postfix_saslquota 1.x", "sh")
+UNINSTALL = block(UPGRADING, "Uninstalling", "sh", "userdel")
+UNINSTALL_DATABASE = block(UPGRADING, "Uninstalling", "sql")
+UNINSTALL_POSTFIX = block(UPGRADING, "Uninstalling", "sh", "postconf")
 
 
 class EmptySupervisor(Process):
@@ -550,13 +555,15 @@ class Production:
         wait_for(lambda: is_listening(self.supervisor.port), 20, "it listens")
 
 
-@pytest.fixture(scope="module")
-def production(new_directory: Callable[[], Path]) -> Iterator[Production]:
+INSTALL_FILES = "".join(USER.splitlines(keepends=True)[1:])  # all but useradd
+
+
+@contextmanager
+def installed(directory: Path) -> Iterator[Production]:
     """The set-up, made and started step by step."""
     require("supervisord", "supervisorctl")
-    made = Production(new_directory())
-    _useradd, *others = USER.splitlines(keepends=True)
-    made.run("".join(others))
+    made = Production(directory)
+    made.run(INSTALL_FILES)
     made.run(USE_SQLITE)
     assert "will be made at the first start" in made.run(CHECK)
     with made.supervisor:
@@ -570,6 +577,12 @@ def production(new_directory: Callable[[], Path]) -> Iterator[Production]:
         yield made
 
 
+@pytest.fixture(scope="module")
+def production(new_directory: Callable[[], Path]) -> Iterator[Production]:
+    with installed(new_directory()) as made:
+        yield made
+
+
 def modes(*paths: Path) -> list[str]:
     return [oct(path.stat().st_mode & 0o777) for path in paths]
 
@@ -578,11 +591,14 @@ def test_the_user(new_directory: Callable[[], Path]) -> None:
     require("useradd", root=True)
     root = new_directory()
     (root / "etc").mkdir()
-    for name in ("passwd", "group", "shadow", "gshadow", "login.defs"):
+    for name in ("passwd", "group", "shadow", "gshadow"):
         (root / "etc" / name).touch()
+    (root / "etc" / "login.defs").write_text("USERGROUPS_ENAB yes\n")  # as Debian's
     shell(USER.splitlines()[0], ("useradd ", f"useradd --prefix {root} "))
     (user,) = (root / "etc" / "passwd").read_text().splitlines()
     assert re.fullmatch(r"saslquota:x:(\d+):\1::/var/lib/saslquota:/usr/sbin/nologin", user)
+    shell(UNINSTALL.splitlines()[-1], ("userdel ", f"userdel --prefix {root} "))
+    assert (root / "etc" / "passwd").read_text() == (root / "etc" / "group").read_text() == ""
 
 
 @pytest.mark.slow
@@ -617,6 +633,56 @@ def test_the_daemon_was_stopped(production: Production) -> None:
     assert "saslquota: started" in production.run(start)
     production.wait()
     assert CHECK_AT_NIGHT == CHECK
+
+
+@pytest.mark.slow
+def test_rules_with_a_mistake_and_a_restart(production: Production) -> None:
+    """The running daemon keeps the previous ones; a restart would be the end of it."""
+    rules = production.opt / "quotarules.json"
+    good = rules.read_text("utf-8")
+    rules.write_text(good.replace('"period": 120', '"period": 120s'), "utf-8")
+    try:
+        wait_for(lambda: "rules not reloaded" in production.log.read_text(), 5, "it is noticed")
+        with pytest.raises(AssertionError, match=r"quotarules.json, line"):
+            production.run(CHECK_AND_RESTART)
+        with PolicyClient(production.supervisor.port) as policy:
+            assert policy.ask() == "OK"
+            production.run(f"{RESTART_AND_RELOAD.splitlines()[0]} || true")
+            wait_for(policy.is_closed, 10, "the old one ends")
+        wait_for(lambda: "saslquota: /" in production.log.read_text(), 20, "it says why not")
+        assert not is_listening(production.supervisor.port)
+    finally:
+        rules.write_text(good, "utf-8")
+    assert "saslquota: started" in production.run(CHECK_AND_RESTART)
+    production.wait()
+
+
+def test_the_steps_again_change_nothing(new_directory: Callable[[], Path]) -> None:
+    """Settings and rules of an administrator's, in the two places where they may be."""
+    made = Production(new_directory())
+    venv = INSTALL_FILES.splitlines(keepends=True)[-1]
+    etc = made.directory / "etc"
+    assert "venv" in venv
+    steps = made.private(INSTALL_FILES.replace(venv, "") + USE_SQLITE)
+    steps += PIP_FILES.replace("/etc/saslquota", str(etc)).replace("-g saslquota ", "")
+    shell(steps)
+    settings = '{"_store": "sqlite", "_loglevel" : "WARNING", "_sqlitefile": "/srv/quota.db"}'
+    files = [at / name for at in (made.opt, etc) for name in ("saslquota.json", "quotarules.json")]
+    for path in files:
+        path.write_text(settings)
+    shell(steps + made.private(UPGRADE.splitlines()[1]))
+    assert [path.read_text() for path in files] == [settings] * 4
+
+
+@pytest.mark.slow
+def test_uninstalling(new_directory: Callable[[], Path]) -> None:
+    with installed(new_directory()) as made:
+        *commands, userdel = UNINSTALL.splitlines(keepends=True)
+        assert userdel == "userdel saslquota\n"
+        assert "saslquota: removed process group" in made.run("".join(commands))
+        assert not is_listening(made.supervisor.port)
+        for name in ("opt", "lib", "conf.d/saslquota_supervisor.conf"):
+            assert not (made.directory / name).exists()
 
 
 @pytest.mark.slow
@@ -699,6 +765,8 @@ MYSQL = "MySQL or MariaDB"
 PIP = block(INSTALL, MYSQL, "sh", "pip install")
 CREATE = block(INSTALL, MYSQL, "sql")
 USE_MYSQL = block(INSTALL, MYSQL, "sh", "mysql.sql")
+SET_PASSWORD = block(INSTALL, MYSQL, "sh", "getpass")
+AWKWARD = "&| \\/\"'$` %*ü "
 LEAST_RIGHTS = block("SECURITY.md", "The database account", "sql")
 
 
@@ -720,10 +788,11 @@ def named_database(
     request: pytest.FixtureRequest, server: MariaDB, new_directory: Callable[[], Path]
 ) -> Iterator[Database]:
     """The database that docs/install.md's statements make, but for its name."""
-    name, password = "readme", "change-me"
-    create, rights = CREATE, ""
+    name, password = "readme", AWKWARD
+    doubled = password.replace("'", "''").replace("\\", "\\\\")
+    create, rights = CREATE.replace("change-me", doubled), ""
     if request.param == "least rights":
-        create = "".join(s for s in CREATE.splitlines(keepends=True) if "GRANT" not in s)
+        create = "".join(s for s in create.splitlines(keepends=True) if "GRANT" not in s)
         rights = LEAST_RIGHTS + LEAST_RIGHTS.replace("localhost", f"'{LOOPBACK}'")
     client = f"{server.CLIENT} --no-defaults -uroot -S{server.socket} {name}"
     opt = copy_shipped(new_directory())
@@ -732,14 +801,26 @@ def named_database(
         load, edit = USE_MYSQL.splitlines()
         shell(load, ("mysql saslquota", client))
         shell(edit, ("/opt/saslquota", str(opt)))
+        shell(SET_PASSWORD, ("/opt/saslquota", str(opt)), stdin=password + "\n")
         server.sql(re.sub(r"\bsaslquota\b", name, rights))
         config = load_config(opt / "saslquota.json", {})
         assert (config.store, config.mypasswd, config.loglevel) == ("mysql", password, "INFO")
         yield Database(server, name, "localhost", server.port, name, password)
     finally:
-        server.sql(f"DROP DATABASE IF EXISTS {name}")
-        for host in ("localhost", LOOPBACK):
-            server.sql(f"DROP USER IF EXISTS {name}@'{host}'")
+        server.sql(re.sub(r"\bsaslquota\b", name, UNINSTALL_DATABASE))
+    assert name not in server.sql("SHOW DATABASES; SELECT user FROM mysql.user")
+
+
+@pytest.mark.parametrize("password", [*AWKWARD, AWKWARD, "a\\n&b", "$HOME", '"}'])
+def test_any_password_can_be_set(tmp_path: Path, password: str) -> None:
+    """The other settings stay, and so do the owner and mode of the file."""
+    path = copy_shipped(tmp_path / "opt") / "saslquota.json"
+    path.chmod(0o640)
+    before = json.loads(path.read_text("utf-8"))
+    shell(SET_PASSWORD, ("/opt/saslquota", str(path.parent)), stdin=password + "\n")
+    assert json.loads(path.read_text("utf-8")) == {**before, "_mypasswd": password}
+    assert modes(path) == ["0o640"]
+    load_config(path, {})
 
 
 def test_production_with_mysql(daemon: START, named_database: Database) -> None:
@@ -1102,17 +1183,42 @@ def test_without_login_in_mynetworks(
     ]
 
 
-def test_bypass(daemon: START, postfix: Callable[..., Postfix]) -> None:
-    """Mail passes uncounted, and is counted again later."""
+@pytest.fixture
+def counted(
+    daemon: START, postfix: Callable[..., Postfix]
+) -> tuple[Daemon, Postfix, Callable[[], bool]]:
+    """A daemon, Postfix before it, and whether a message sent now is counted."""
     started = daemon()
     instance = postfix(f"check_policy_service inet:{LOOPBACK}:{started.port}")
-    ledger = started.directory / "saslquota.db"
 
     def is_counted() -> bool:
-        before = len(sqlite_rows(ledger, "SELECT seq FROM sends"))
+        before = len(sqlite_rows(started.ledger, "SELECT seq FROM sends"))
         send_to_three(instance)
-        return len(sqlite_rows(ledger, "SELECT seq FROM sends")) > before
+        return len(sqlite_rows(started.ledger, "SELECT seq FROM sends")) > before
 
+    return started, instance, is_counted
+
+
+def test_uninstalling_from_postfix(
+    counted: tuple[Daemon, Postfix, Callable[[], bool]],
+) -> None:
+    _, instance, is_counted = counted
+    assert is_counted()
+    shell(
+        UNINSTALL_POSTFIX,
+        ("postconf ", f"postconf -c {instance.config} "),
+        ("postfix ", f"postfix -c {instance.config} "),
+        ("submission/", f"{LOOPBACK}:{instance.port}/"),
+        ("submissions/", f"{LOOPBACK}:{instance.tls_port}/"),
+    )
+    wait_for(lambda: not is_counted(), 20, "Postfix has read it")
+    assert "saslquota =" not in main_cf(instance.config)
+    assert "$saslquota" not in instance.postconf("-P")
+
+
+def test_bypass(counted: tuple[Daemon, Postfix, Callable[[], bool]]) -> None:
+    """Mail passes uncounted, and is counted again later."""
+    started, instance, is_counted = counted
     assert is_counted()
     private = (
         ("postconf ", f"postconf -c {instance.config} "),
@@ -1703,6 +1809,23 @@ def test_the_old_settings_go_on_working(tmp_path: Path) -> None:
     path.write_text("{" + ", ".join(settings) + "}")
     assert load_config(path, {}).store == "mysql"
     load_rules(ROOT / "quotarules.json", 30 * 86400)
+
+
+def test_the_variables_of_the_docker_image(tmp_path: Path) -> None:
+    """Those of 1.x's Dockerfile, with the files of ours."""
+    path = copy_shipped(tmp_path / "image") / "saslquota.json"
+    image = (
+        "_bind=0.0.0.0 _bindport=10008 _bindtimeout=120 _myhost=mysql _myuser=saslquota"
+        " _mypasswd=1a2b3c _mydb=saslquota _logfacility=mail _logaddress=localhost _logport=514"
+        " _loglevel=DEBUG _quotafile=quotarules.json"
+    )
+    variables = dict(variable.split("=") for variable in image.split())
+    assert load_config(path, variables).store == "sqlite"
+    config = load_config(path, {**variables, "_store": "mysql", "_allow": "192.0.2.7"})
+    assert (config.store, config.myhost, config.mypasswd) == ("mysql", ("mysql",), "1a2b3c")
+    assert (config.bind, config.bindtimeout, config.logaddress) == ("0.0.0.0", 120, "localhost")
+    for name in ("_store=mysql", "_logaddress=localhost", "_loghandler=stdout", "_bind=0.0.0.0"):
+        assert f"`{name}`" in DOCUMENTS[UPGRADING]
 
 
 def test_the_old_steps_go_on_working(daemon: START, mariadb: MariaDB) -> None:
