@@ -17,21 +17,22 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from helpers import require
+from fleet import StartFleet
+from helpers import DAY, in_background, require
 from servers.daemon import Daemon, PolicyClient, copy_shipped
 from servers.mariadb import Database, MariaDB, session
 from servers.ports import LOOPBACK, free_port, is_listening
 from servers.postfix import Postfix, any_certificate, is_accepted
-from servers.process import ROOT, Process, clean_environment, run, wait_for
+from servers.process import ROOT, Process, clean_environment, run, wait_for, wait_for_log
 
 import saslquota
-from saslquota import Config, load_config, load_rules
+from saslquota import Config, Window, load_config, load_rules
 
 NAMES = ["README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 NAMES += [f"docs/{name}.md" for name in ("install", "rules", "operation", "upgrading")]
@@ -79,12 +80,13 @@ def block(document: str, heading: str, language: str, word: str = "") -> str:
     return found[0].text
 
 
-def shell(script: str, *replacements: tuple[str, str], cwd: Path = ROOT) -> str:
+def shell(script: str, *replacements: tuple[str, str], cwd: Path = ROOT, stdin: str = "") -> str:
     """Run a shell block, with some of its texts replaced; each must be there."""
     for old, new in replacements:
         assert old in script, f"no {old} in: {script}"
         script = script.replace(old, new)
-    return run(["bash", "-euc", script], env=clean_environment(), cwd=cwd)
+    command = ["setsid", "--wait", "bash", "-euc", script]  # without a terminal to ask at
+    return run(command, env=clean_environment(), cwd=cwd, stdin=stdin)
 
 
 # --- The documents themselves ---------------------------------------------------------------------
@@ -336,6 +338,135 @@ def test_the_rules_as_described(daemon: START) -> None:
         assert policy.ask(sasl_username="bob@example.COM") == "REJECT no more"
 
 
+# --- Limits from a database -----------------------------------------------------------------------
+
+LIMITS = "Limits from a database"
+LIMITS_QUERY = block(RULES, LIMITS, "sql")
+LIMITS_SCRIPT = block(RULES, LIMITS, "sh")
+LIMITS_CRON = block(RULES, LIMITS, "")
+MAILBOXES = (
+    "CREATE TABLE mailbox (username VARCHAR(255) CHARACTER SET {} NOT NULL PRIMARY KEY,"
+    " msgquota INT NULL)"
+)
+
+
+class Panel:
+    """A panel's database, and the files of an /opt/saslquota that is the daemon's directory."""
+
+    def __init__(self, server: MariaDB, started: Daemon, charset: str = "utf8mb4") -> None:
+        self.database = server.create_database(with_table=False)
+        self.database.sql(MAILBOXES.format(charset))
+        self.directory = started.directory
+        self.rules = self.directory / "quotarules.json"
+        (self.directory / "quotarules.sql").write_text(LIMITS_QUERY)
+
+    def add(self, *rows: tuple[str, int | None]) -> None:
+        values = ", ".join(f"('{name}', {'NULL' if n is None else n})" for name, n in rows)
+        self.database.sql(f"SET NAMES utf8mb4; INSERT INTO mailbox VALUES {values}")
+
+    def update(self) -> str:
+        """Do what cron does."""
+        server = self.database.server
+        script = self.directory / "saslquota-rules"
+        shell_script = LIMITS_SCRIPT
+        for old, new in (
+            ("/opt/saslquota", f"{self.directory}"),
+            ("mysql --", f"{server.CLIENT} --no-defaults -uroot -S{server.socket} --"),
+            ("runuser -u saslquota -- ", ""),
+            (
+                "venv/bin/python saslquota.py",
+                f"{sys.executable} {ROOT}/saslquota.py -c saslquota.json",
+            ),
+        ):
+            assert old in shell_script
+            shell_script = shell_script.replace(old, new)
+        script.write_text(shell_script)
+        times, _root, command = LIMITS_CRON.strip().partition(" root ")
+        assert times == "*/5 * * * *"
+        return shell(
+            command,
+            ("/usr/local/sbin/saslquota-rules", f"{script}"),
+            (" vmail", f" {self.database.name}"),
+        )
+
+    def stamp(self) -> tuple[int, int]:
+        """It changes when the file of the rules is replaced or written."""
+        found = self.rules.stat()
+        return found.st_ino, found.st_mtime_ns
+
+    def files(self) -> set[str]:
+        return {path.name for path in self.directory.glob("quotarules.*")}
+
+
+def test_limits_from_a_database(daemon: START, each_server: MariaDB) -> None:
+    """50,000 of them, while the daemon serves."""
+    started = daemon()
+    panel = Panel(each_server, started)
+    panel.add(*((f"box{number}@example.com", number % 100) for number in range(50_000)))
+    panel.add(("josé@example.com", 2), ('"a b"@example.com', 1), ("o''neil@example.com", 1))
+
+    def serve() -> None:
+        assert policy.ask(sasl_username="ann@example.net").startswith(("OK", "REJECT "))
+
+    with started.policy() as policy, in_background(serve):
+        assert panel.update() == ""
+        wait_for_log(started, "rules reloaded: ")
+    assert modes(panel.rules) == ["0o644"]
+    assert panel.files() == {"quotarules.json", "quotarules.sql", "quotarules.check"}
+    assert len(json.loads(panel.rules.read_text("utf-8"))) == 1 + 49_500 + 3
+    with started.policy() as policy:
+        for login, quota in (
+            ("box49903@example.com", 3),
+            ("josé@example.com", 2),
+            ('"a b"@example.com', 1),
+            ("o'neil@example.com", 1),
+        ):
+            answers = [policy.ask(sasl_username=login)[:6] for _ in range(quota + 1)]
+            assert answers == ["OK"] * quota + ["REJECT"], login
+        assert policy.ask(sasl_username="box100@example.com") == "OK"  # 0: it has the default
+    assert "unavailable" not in started.log()
+
+
+def test_limits_that_did_not_change(daemon: START, each_server: MariaDB) -> None:
+    panel = Panel(each_server, daemon(), "latin1")
+    panel.add(("josé@example.com", 2), ("none@example.com", None))
+    panel.update()
+    rules = json.loads(panel.rules.read_text("utf-8"))
+    assert rules == {
+        "default": {"period": "1h", "msgquota": 200},
+        "josé@example.com": {"msgquota": 2},
+    }
+    before = panel.stamp()
+    panel.update()
+    assert panel.stamp() == before
+    panel.database.sql("DELETE FROM mailbox")
+    panel.update()
+    rules = json.loads(panel.rules.read_text("utf-8"))
+    assert rules == {"default": {"period": "1h", "msgquota": 200}}
+
+
+@pytest.mark.parametrize(
+    ("cause", "reason"),
+    [
+        ("DROP TABLE mailbox", "mailbox' doesn't exist"),
+        ("INSERT INTO mailbox VALUES ('a b.example', 1), ('a@b c', 1)", "no login has a space"),
+    ],
+    ids=["query", "mistake"],
+)
+def test_limits_that_cannot_be_had(
+    daemon: START, each_server: MariaDB, cause: str, reason: str
+) -> None:
+    """The old file stays, and somebody is told."""
+    panel = Panel(each_server, daemon())
+    panel.add(("ann@example.com", 2))
+    panel.update()
+    before = panel.stamp(), panel.files()
+    panel.database.sql(cause)
+    with pytest.raises(AssertionError, match=reason):
+        panel.update()
+    assert (panel.stamp(), panel.files()) == before
+
+
 # --- The production set-up, and what comes after it -----------------------------------------------
 
 USER = block(README, "1. Install", "sh", "useradd")
@@ -343,12 +474,16 @@ USE_SQLITE = block(README, "2. Configure", "sh", "_sqlitefile")
 CHECK = block(README, "2. Configure", "sh", "--check")
 UNDER_SUPERVISORD = block(README, "3. Start", "sh", "reread")
 LISTENS = block(README, "3. Start", "sh", "ss -ltn")
-RESTART_AND_RELOAD = block(OPERATION, "Restart and reload", "sh")
+RESTART_AND_RELOAD = block(OPERATION, "Restart and reload", "sh", "HUP")
+CHECK_AND_RESTART = block(OPERATION, "Restart and reload", "sh", "--check")
 CHECK_AT_NIGHT = block(OPERATION, "At 3 a.m.", "sh", "--check")
 START_AT_NIGHT = block(OPERATION, "At 3 a.m.", "sh", "supervisorctl start")
-UPGRADE = block(UPGRADING, "Between versions 2.x", "sh", "install")
-WAY_BACK = block(UPGRADING, "Between versions 2.x", "sh", "cp /opt/saslquota/saslquota.py.old")
+UPGRADE = block(UPGRADING, "From 2.0 on", "sh", "install")
+WAY_BACK = block(UPGRADING, "From 2.0 on", "sh", "cp /opt/saslquota/saslquota.py.old")
 STOP_THE_OLD = block(UPGRADING, "From noskoski/postfix_saslquota 1.x", "sh")
+UNINSTALL = block(UPGRADING, "Uninstalling", "sh", "userdel")
+UNINSTALL_DATABASE = block(UPGRADING, "Uninstalling", "sql")
+UNINSTALL_POSTFIX = block(UPGRADING, "Uninstalling", "sh", "postconf")
 
 
 class EmptySupervisor(Process):
@@ -420,13 +555,15 @@ class Production:
         wait_for(lambda: is_listening(self.supervisor.port), 20, "it listens")
 
 
-@pytest.fixture(scope="module")
-def production(new_directory: Callable[[], Path]) -> Iterator[Production]:
+INSTALL_FILES = "".join(USER.splitlines(keepends=True)[1:])  # all but useradd
+
+
+@contextmanager
+def installed(directory: Path) -> Iterator[Production]:
     """The set-up, made and started step by step."""
     require("supervisord", "supervisorctl")
-    made = Production(new_directory())
-    _useradd, *others = USER.splitlines(keepends=True)
-    made.run("".join(others))
+    made = Production(directory)
+    made.run(INSTALL_FILES)
     made.run(USE_SQLITE)
     assert "will be made at the first start" in made.run(CHECK)
     with made.supervisor:
@@ -440,6 +577,12 @@ def production(new_directory: Callable[[], Path]) -> Iterator[Production]:
         yield made
 
 
+@pytest.fixture(scope="module")
+def production(new_directory: Callable[[], Path]) -> Iterator[Production]:
+    with installed(new_directory()) as made:
+        yield made
+
+
 def modes(*paths: Path) -> list[str]:
     return [oct(path.stat().st_mode & 0o777) for path in paths]
 
@@ -448,11 +591,14 @@ def test_the_user(new_directory: Callable[[], Path]) -> None:
     require("useradd", root=True)
     root = new_directory()
     (root / "etc").mkdir()
-    for name in ("passwd", "group", "shadow", "gshadow", "login.defs"):
+    for name in ("passwd", "group", "shadow", "gshadow"):
         (root / "etc" / name).touch()
+    (root / "etc" / "login.defs").write_text("USERGROUPS_ENAB yes\n")  # as Debian's
     shell(USER.splitlines()[0], ("useradd ", f"useradd --prefix {root} "))
     (user,) = (root / "etc" / "passwd").read_text().splitlines()
     assert re.fullmatch(r"saslquota:x:(\d+):\1::/var/lib/saslquota:/usr/sbin/nologin", user)
+    shell(UNINSTALL.splitlines()[-1], ("userdel ", f"userdel --prefix {root} "))
+    assert (root / "etc" / "passwd").read_text() == (root / "etc" / "group").read_text() == ""
 
 
 @pytest.mark.slow
@@ -487,6 +633,56 @@ def test_the_daemon_was_stopped(production: Production) -> None:
     assert "saslquota: started" in production.run(start)
     production.wait()
     assert CHECK_AT_NIGHT == CHECK
+
+
+@pytest.mark.slow
+def test_rules_with_a_mistake_and_a_restart(production: Production) -> None:
+    """The running daemon keeps the previous ones; a restart would be the end of it."""
+    rules = production.opt / "quotarules.json"
+    good = rules.read_text("utf-8")
+    rules.write_text(good.replace('"period": 120', '"period": 120s'), "utf-8")
+    try:
+        wait_for(lambda: "rules not reloaded" in production.log.read_text(), 5, "it is noticed")
+        with pytest.raises(AssertionError, match=r"quotarules.json, line"):
+            production.run(CHECK_AND_RESTART)
+        with PolicyClient(production.supervisor.port) as policy:
+            assert policy.ask() == "OK"
+            production.run(f"{RESTART_AND_RELOAD.splitlines()[0]} || true")
+            wait_for(policy.is_closed, 10, "the old one ends")
+        wait_for(lambda: "saslquota: /" in production.log.read_text(), 20, "it says why not")
+        assert not is_listening(production.supervisor.port)
+    finally:
+        rules.write_text(good, "utf-8")
+    assert "saslquota: started" in production.run(CHECK_AND_RESTART)
+    production.wait()
+
+
+def test_the_steps_again_change_nothing(new_directory: Callable[[], Path]) -> None:
+    """Settings and rules of an administrator's, in the two places where they may be."""
+    made = Production(new_directory())
+    venv = INSTALL_FILES.splitlines(keepends=True)[-1]
+    etc = made.directory / "etc"
+    assert "venv" in venv
+    steps = made.private(INSTALL_FILES.replace(venv, "") + USE_SQLITE)
+    steps += PIP_FILES.replace("/etc/saslquota", str(etc)).replace("-g saslquota ", "")
+    shell(steps)
+    settings = '{"_store": "sqlite", "_loglevel" : "WARNING", "_sqlitefile": "/srv/quota.db"}'
+    files = [at / name for at in (made.opt, etc) for name in ("saslquota.json", "quotarules.json")]
+    for path in files:
+        path.write_text(settings)
+    shell(steps + made.private(UPGRADE.splitlines()[1]))
+    assert [path.read_text() for path in files] == [settings] * 4
+
+
+@pytest.mark.slow
+def test_uninstalling(new_directory: Callable[[], Path]) -> None:
+    with installed(new_directory()) as made:
+        *commands, userdel = UNINSTALL.splitlines(keepends=True)
+        assert userdel == "userdel saslquota\n"
+        assert "saslquota: removed process group" in made.run("".join(commands))
+        assert not is_listening(made.supervisor.port)
+        for name in ("opt", "lib", "conf.d/saslquota_supervisor.conf"):
+            assert not (made.directory / name).exists()
 
 
 @pytest.mark.slow
@@ -569,6 +765,8 @@ MYSQL = "MySQL or MariaDB"
 PIP = block(INSTALL, MYSQL, "sh", "pip install")
 CREATE = block(INSTALL, MYSQL, "sql")
 USE_MYSQL = block(INSTALL, MYSQL, "sh", "mysql.sql")
+SET_PASSWORD = block(INSTALL, MYSQL, "sh", "getpass")
+AWKWARD = "&| \\/\"'$` %*ü "
 LEAST_RIGHTS = block("SECURITY.md", "The database account", "sql")
 
 
@@ -590,10 +788,11 @@ def named_database(
     request: pytest.FixtureRequest, server: MariaDB, new_directory: Callable[[], Path]
 ) -> Iterator[Database]:
     """The database that docs/install.md's statements make, but for its name."""
-    name, password = "readme", "change-me"
-    create, rights = CREATE, ""
+    name, password = "readme", AWKWARD
+    doubled = password.replace("'", "''").replace("\\", "\\\\")
+    create, rights = CREATE.replace("change-me", doubled), ""
     if request.param == "least rights":
-        create = "".join(s for s in CREATE.splitlines(keepends=True) if "GRANT" not in s)
+        create = "".join(s for s in create.splitlines(keepends=True) if "GRANT" not in s)
         rights = LEAST_RIGHTS + LEAST_RIGHTS.replace("localhost", f"'{LOOPBACK}'")
     client = f"{server.CLIENT} --no-defaults -uroot -S{server.socket} {name}"
     opt = copy_shipped(new_directory())
@@ -602,14 +801,26 @@ def named_database(
         load, edit = USE_MYSQL.splitlines()
         shell(load, ("mysql saslquota", client))
         shell(edit, ("/opt/saslquota", str(opt)))
+        shell(SET_PASSWORD, ("/opt/saslquota", str(opt)), stdin=password + "\n")
         server.sql(re.sub(r"\bsaslquota\b", name, rights))
         config = load_config(opt / "saslquota.json", {})
         assert (config.store, config.mypasswd, config.loglevel) == ("mysql", password, "INFO")
         yield Database(server, name, "localhost", server.port, name, password)
     finally:
-        server.sql(f"DROP DATABASE IF EXISTS {name}")
-        for host in ("localhost", LOOPBACK):
-            server.sql(f"DROP USER IF EXISTS {name}@'{host}'")
+        server.sql(re.sub(r"\bsaslquota\b", name, UNINSTALL_DATABASE))
+    assert name not in server.sql("SHOW DATABASES; SELECT user FROM mysql.user")
+
+
+@pytest.mark.parametrize("password", [*AWKWARD, AWKWARD, "a\\n&b", "$HOME", '"}'])
+def test_any_password_can_be_set(tmp_path: Path, password: str) -> None:
+    """The other settings stay, and so do the owner and mode of the file."""
+    path = copy_shipped(tmp_path / "opt") / "saslquota.json"
+    path.chmod(0o640)
+    before = json.loads(path.read_text("utf-8"))
+    shell(SET_PASSWORD, ("/opt/saslquota", str(path.parent)), stdin=password + "\n")
+    assert json.loads(path.read_text("utf-8")) == {**before, "_mypasswd": password}
+    assert modes(path) == ["0o640"]
+    load_config(path, {})
 
 
 def test_production_with_mysql(daemon: START, named_database: Database) -> None:
@@ -732,6 +943,9 @@ def test_the_reply_a_sender_sees(daemon: START, postfix: Callable[..., Postfix])
     assert seen.replace(LOOPBACK, "192.0.2.1") == REFUSAL
 
 
+EXEMPT = "check_recipient_access inline:{r1@example.net=OK}"
+
+
 def send_to_three(instance: Postfix) -> None:
     with instance.login() as client:
         to = [f"r{number}@example.net" for number in range(3)]
@@ -743,10 +957,11 @@ def send_to_three(instance: Postfix) -> None:
     [
         ({"smtpd_client_restrictions": "permit_mynetworks, $saslquota"}, 0),
         ({"smtpd_client_restrictions": "permit_sasl_authenticated, $saslquota"}, 0),
+        ({"smtpd_client_restrictions": f"{EXEMPT}, $saslquota"}, 2),
         ({"smtpd_client_restrictions": "$saslquota, permit_mynetworks"}, 3),
         ({"smtpd_recipient_restrictions": "$saslquota, permit_sasl_authenticated, reject"}, 6),
     ],
-    ids=["behind-mynetworks", "behind-authenticated", "before", "twice"],
+    ids=["behind-mynetworks", "behind-authenticated", "behind-a-table", "before", "twice"],
 )
 def test_wrong_places(
     daemon: START, postfix: Callable[..., Postfix], options: dict[str, str], counted: int
@@ -757,6 +972,106 @@ def test_wrong_places(
     send_to_three(instance)
     rows = sqlite_rows(started.directory / "saslquota.db", "SELECT seq FROM sends")
     assert len(rows) == counted
+
+
+@pytest.mark.parametrize(
+    ("value", "okaction", "code"),
+    [
+        ("$saslquota,reject_sender_login_mismatch", "OK", 250),
+        ("$saslquota,reject_sender_login_mismatch", "DUNNO", 553),
+        ("reject_sender_login_mismatch,$saslquota", "OK", 553),
+    ],
+)
+def test_before_a_check_that_refuses(
+    daemon: START, postfix: Callable[..., Postfix], value: str, okaction: str, code: int
+) -> None:
+    """OK ends the list, DUNNO does not."""
+    policy = f"check_policy_service inet:{LOOPBACK}:{daemon({'_okaction': okaction}).port}"
+    owner = {"smtpd_sender_login_maps": "inline:{ceo@example.com=ceo@example.com}"}
+    options = {"smtpd_client_restrictions": value}
+    with postfix(policy, owner, options).login() as client:
+        client.mail("ceo@example.com")
+        assert client.rcpt("r0@example.net")[0] == code
+
+
+AT = {
+    "RCPT": {},
+    "DATA": {"smtpd_client_restrictions": "", "smtpd_data_restrictions": "$saslquota"},
+}
+
+
+@pytest.mark.parametrize("stage", AT)
+def test_what_a_message_costs(daemon: START, postfix: Callable[..., Postfix], stage: str) -> None:
+    """The rows of docs/install.md's table, and what is said below it."""
+    started = daemon(rules={"default": {"period": 3600, "msgquota": 7}})
+    refuse = "check_recipient_access inline:{unknown@example.net=REJECT}, permit_sasl_authenticated"
+    policy = f"check_policy_service inet:{LOOPBACK}:{started.port}"
+    main = {
+        "header_checks": "regexp:{{/^Subject: refused/ REJECT}}",
+        "smtpd_recipient_limit": "5",
+    }
+    instance = postfix(
+        policy, main, {**AT[stage], "smtpd_recipient_restrictions": f"{refuse}, reject"}
+    )
+    charged: list[int] = []
+
+    def cost() -> int:
+        rows = sqlite_rows(started.ledger, "SELECT recipients FROM sends ORDER BY seq")
+        found = [int(row) for row in rows[len(charged) :]]
+        charged.extend(found)
+        return sum(found)
+
+    with instance.login() as client:
+
+        def name(*recipients: str) -> list[int]:
+            client.mail("alice@example.com")
+            return [client.rcpt(f"{name}@example.net")[0] for name in recipients]
+
+        at_rcpt = stage == "RCPT"
+        assert name("a", "unknown") == [250, 554]
+        assert client.data("Subject: x\n\n")[0] == 250
+        assert cost() == (2 if at_rcpt else 1)
+        assert name("a") == [250]
+        client.rset()
+        assert cost() == (1 if at_rcpt else 0)
+        assert name("a") == [250]
+        assert client.data("Subject: refused\n\n")[0] == 550
+        assert cost() == 1
+        if at_rcpt:
+            assert name("a", "b", "c", "d") == [250, 250, 250, 554]
+            client.rset()
+            assert cost() == 3
+        else:
+            assert name("a", "b", "c") == [250] * 3
+            assert client.data("Subject: x\n\n")[0] == 250
+            assert cost() == 3
+            assert name("a", "b", "c", "d", "e", "f") == [250] * 5 + [452]
+            with pytest.raises(smtplib.SMTPDataError, match="554"):
+                client.data("Subject: x\n\n")
+            assert cost() == 0
+    limit = run(["postconf", "-d", "-h", "smtpd_recipient_limit"]).strip()
+    assert f"`smtpd_recipient_limit` recipients ({limit})" in DOCUMENTS[INSTALL]
+
+
+@pytest.mark.parametrize(("stage", "rows"), [("RCPT", 3), ("DATA", 1)])
+def test_messages_with_a_connection_for_each_request(
+    daemon: START, postfix: Callable[..., Postfix], stage: str, rows: int
+) -> None:
+    started = daemon(rules={"default": {"period": 3600, "msgquota": 7, "count": "messages"}})
+    policy = f"check_policy_service inet:{LOOPBACK}:{started.port}"
+    send_to_three(postfix(policy, {"smtpd_policy_service_request_limit": "1"}, AT[stage]))
+    assert sqlite_rows(started.ledger, "SELECT recipients FROM sends") == ["1"] * rows
+
+
+def test_mail_of_sendmail_is_not_counted(daemon: START, postfix: Callable[..., Postfix]) -> None:
+    """As of cron and PHP's mail(), which use it."""
+    require("sendmail")
+    started = daemon()
+    instance = postfix(f"check_policy_service inet:{LOOPBACK}:{started.port}")
+    sendmail = ["sendmail", "-C", str(instance.config), "-f", "alice@example.com"]
+    run([*sendmail, "r0@example.net"], stdin="Subject: x\n\n")
+    wait_for_log(instance, "to=<r0@example.net>.* status=sent")
+    assert "sasl_username" not in started.log()
 
 
 def test_from_recipients_to_messages(daemon: START, postfix: Callable[..., Postfix]) -> None:
@@ -818,7 +1133,7 @@ def test_port_25(daemon: START, new_directory: Callable[[], Path]) -> None:
 
 
 OTHER_SYSTEMS = re.findall(
-    r"^\| [^|]+ \| (?:`(.*)`|\(empty.*\)) \| `(\$saslquota.*)` \|$",
+    r"^\| [^|]+ \| (?:`(.*)`|\(empty.*\)) \| `(.*\$saslquota.*)` \|$",
     DOCUMENTS[INSTALL],
     re.MULTILINE,
 )
@@ -829,12 +1144,15 @@ def test_other_mail_systems(
     daemon: START, new_directory: Callable[[], Path], before: str, after: str
 ) -> None:
     """Each value that an entry may hold, and the one that takes its place."""
-    assert len(OTHER_SYSTEMS) == 4
-    assert after == f"$saslquota,{before}".rstrip(",")
+    assert len(OTHER_SYSTEMS) == 5
+    assert after.replace("$saslquota", "").replace(",,", ",").strip(",") == before
     require("postfix", "postconf", "saslpasswd2", "openssl", root=True)
     started = daemon()
     policy = f"check_policy_service inet:{LOOPBACK}:{started.port}"
-    main = {"mua_client_restrictions": "permit_sasl_authenticated,reject"}
+    main = {
+        "mua_client_restrictions": "permit_sasl_authenticated,reject",
+        "smtpd_sender_login_maps": "inline:{alice@example.com=alice@example.com}",
+    }
     options = {"smtpd_client_restrictions": before}
     instance = Postfix(new_directory(), policy, main, options)
     (value,) = re.findall(r"=(.*)'", OTHER_MASTER)
@@ -865,17 +1183,42 @@ def test_without_login_in_mynetworks(
     ]
 
 
-def test_bypass(daemon: START, postfix: Callable[..., Postfix]) -> None:
-    """Mail passes uncounted, and is counted again later."""
+@pytest.fixture
+def counted(
+    daemon: START, postfix: Callable[..., Postfix]
+) -> tuple[Daemon, Postfix, Callable[[], bool]]:
+    """A daemon, Postfix before it, and whether a message sent now is counted."""
     started = daemon()
     instance = postfix(f"check_policy_service inet:{LOOPBACK}:{started.port}")
-    ledger = started.directory / "saslquota.db"
 
     def is_counted() -> bool:
-        before = len(sqlite_rows(ledger, "SELECT seq FROM sends"))
+        before = len(sqlite_rows(started.ledger, "SELECT seq FROM sends"))
         send_to_three(instance)
-        return len(sqlite_rows(ledger, "SELECT seq FROM sends")) > before
+        return len(sqlite_rows(started.ledger, "SELECT seq FROM sends")) > before
 
+    return started, instance, is_counted
+
+
+def test_uninstalling_from_postfix(
+    counted: tuple[Daemon, Postfix, Callable[[], bool]],
+) -> None:
+    _, instance, is_counted = counted
+    assert is_counted()
+    shell(
+        UNINSTALL_POSTFIX,
+        ("postconf ", f"postconf -c {instance.config} "),
+        ("postfix ", f"postfix -c {instance.config} "),
+        ("submission/", f"{LOOPBACK}:{instance.port}/"),
+        ("submissions/", f"{LOOPBACK}:{instance.tls_port}/"),
+    )
+    wait_for(lambda: not is_counted(), 20, "Postfix has read it")
+    assert "saslquota =" not in main_cf(instance.config)
+    assert "$saslquota" not in instance.postconf("-P")
+
+
+def test_bypass(counted: tuple[Daemon, Postfix, Callable[[], bool]]) -> None:
+    """Mail passes uncounted, and is counted again later."""
+    started, instance, is_counted = counted
     assert is_counted()
     private = (
         ("postconf ", f"postconf -c {instance.config} "),
@@ -1283,6 +1626,56 @@ def test_unblock_with_a_clock_that_went_back(counting: Counting) -> None:
         assert sql(statement("AS used")) == ["5"]
 
 
+REMOVE_UNUSED = {
+    heading: block(OPERATION, "Logins that are not used any more", "sql", word)
+    for heading, word in (("MySQL, MariaDB", "UTC_TIMESTAMP"), ("SQLite", "strftime"))
+}
+
+
+def test_remove_unused_logins(counting: Counting) -> None:
+    """No count changes; whoever was removed begins as new."""
+    started, sql, statement = counting
+    is_sqlite = "strftime" in statement("AS used")
+    with started.policy() as policy:
+        for user, number in ((BOB, 5), ("ann@x.org", 2), ("ghost@x.org", 2), ("late@x.org", 1)):
+            assert [policy.ask(sasl_username=user) for _ in range(number)] == ["OK"] * number
+    started.stop()
+
+    def date_back(days: int, which: str) -> None:
+        older = f"at - {days * 86400}000000" if is_sqlite else f"at - INTERVAL {days} DAY"
+        sql(f"UPDATE sends SET at = {older} WHERE {which}")
+
+    date_back(31, "account = 'ghost@x.org' OR (account = 'ann@x.org' AND seq = 1)")
+    date_back(29, "account = 'late@x.org'")
+    used = sql(statement("AS used"))
+    sql(REMOVE_UNUSED["SQLite" if is_sqlite else "MySQL, MariaDB"])
+    left = sql("SELECT account, COUNT(*) FROM sends GROUP BY account ORDER BY account")
+    assert left == ["ann@x.org\t2", f"{BOB}\t5", "late@x.org\t1"]
+    assert sql(statement("AS used")) == used == ["5"]
+    started.start()
+    with started.policy() as policy:
+        assert policy.ask(sasl_username=BOB) == "REJECT no more"
+        for user, number in (("ann@x.org", 4), ("ghost@x.org", 5), ("late@x.org", 5)):
+            answers = [policy.ask(sasl_username=user) for _ in range(number + 1)]
+            assert answers == ["OK"] * number + ["REJECT no more"]
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_why_all_daemons_are_stopped_for_that(fleet: StartFleet, stopped: bool) -> None:
+    """One that runs goes on where the account was, another one begins anew."""
+    two, quota = fleet(2), (Window(3600, 5, "default", "no more"),)
+    assert [two.send("ghost", quota, daemon=0) for _ in range(3)] == [True] * 3
+    two.world.now += 40 * DAY * 1_000_000
+    sqlite_rows(two.path, "DELETE FROM sends WHERE account = 'ghost'")
+    if stopped:
+        two.ledgers = [two.ledger(store) for store in two.stores]
+    accepted = 0
+    for number in range(20):
+        two.world.now += 100_000
+        accepted += two.send("ghost", quota, daemon=(number + 1) % 2)
+    assert (accepted == 5) is stopped
+
+
 def test_the_sqlite_client(daemon: START) -> None:
     require("sqlite3")
     started = daemon(rules=QUOTA)
@@ -1304,18 +1697,31 @@ DROP_INDEX = {
 }
 OLD_INDEX = "CREATE INDEX sends_window ON sends (account, epoch, at, seq, total, recipients)"
 OLD_TABLE = (
-    "CREATE TABLE `log` (`sasl_username` VARCHAR(320) NOT NULL, `date` DATETIME(6) NOT NULL,"
+    "CREATE TABLE `{}` (`sasl_username` VARCHAR(320) NOT NULL, `date` DATETIME(6) NOT NULL,"
     " PRIMARY KEY (`sasl_username`, `date`)) ENGINE = InnoDB"
 )
 
 
-@pytest.fixture(params=["utf8mb4", "latin1", "utf8mb3"])
-def old_log(request: pytest.FixtureRequest, database: Database) -> Database:
+class OldLog(NamedTuple):
+    """A database in which 1.x counted, and the name of its table."""
+
+    database: Database
+    table: str
+
+    def carry_over(self) -> None:
+        assert CARRY_OVER.count("FROM log ") == 1
+        self.database.sql(CARRY_OVER.replace("FROM log ", f"FROM {self.table} "))
+
+
+@pytest.fixture(params=[("utf8mb4", "log"), ("latin1", "Log"), ("utf8mb3", "saslquota_log")])
+def old_log(request: pytest.FixtureRequest, database: Database) -> OldLog:
     """What 1.x left: local time, logins as they were typed, rows too old to matter."""
+    charset, table = request.param
     # 1.x stored now(6); here that is three hours behind UTC.
     offset = database.sql("SELECT TIMESTAMPDIFF(HOUR, UTC_TIMESTAMP(), NOW())")
     assert offset == "-3"
-    database.sql(f"{OLD_TABLE} DEFAULT CHARSET = {request.param}")
+    database.sql(f"{OLD_TABLE.format(table)} DEFAULT CHARSET = {charset}")
+    assert f"`{table}`" in DOCUMENTS[UPGRADING]
     for login, seconds in (
         ("Bob@Example.com", (90000, 86300, 7000, 3)),
         ("bob@example.com", (6000, 2)),
@@ -1327,8 +1733,9 @@ def old_log(request: pytest.FixtureRequest, database: Database) -> Database:
         ("", (60,)),
     ):
         for ago in seconds:
-            database.sql(f"INSERT INTO log VALUES ('{login}', NOW(6) - INTERVAL {ago} SECOND)")
-    return database
+            when = f"NOW(6) - INTERVAL {ago} SECOND"
+            database.sql(f"INSERT INTO {table} VALUES ('{login}', {when})")
+    return OldLog(database, table)
 
 
 def totals(database: Database) -> dict[str, str]:
@@ -1339,11 +1746,12 @@ def totals(database: Database) -> dict[str, str]:
 CARRIED = {BOB: "6", "ann@example.com": "2", "jose@example.com": "2", "josé@example.com": "2"}
 
 
-def test_carry_the_counts_over(daemon: START, old_log: Database) -> None:
-    before = old_log.sql("SELECT * FROM log")
-    old_log.sql(CARRY_OVER)
-    assert totals(old_log) == CARRIED
-    rows = old_log.sql(
+def test_carry_the_counts_over(daemon: START, old_log: OldLog) -> None:
+    database = old_log.database
+    before = database.sql(f"SELECT * FROM {old_log.table}")
+    old_log.carry_over()
+    assert totals(old_log.database) == CARRIED
+    rows = old_log.database.sql(
         "SELECT seq, epoch, recipients, total,"
         " ROUND(TIMESTAMPDIFF(SECOND, at, UTC_TIMESTAMP(6)), -2)"
         f" FROM sends WHERE account = '{BOB}' ORDER BY at, seq"
@@ -1352,14 +1760,14 @@ def test_carry_the_counts_over(daemon: START, old_log: Database) -> None:
         f"{number}\t1\t1\t{number}\t{ago}"
         for number, ago in enumerate((86300, 7000, 6000, 5000, 0, 0), 1)
     ]
-    assert old_log.sql("SELECT * FROM log") == before
+    assert database.sql(f"SELECT * FROM {old_log.table}") == before
 
     rules = {
         "default": {"period": 86400, "msgquota": 8, "msg": "day"},
         "ann@example.com": {"period": 60, "msgquota": 8, "msg": "minute"},
         "josé@example.com": {"period": 20, "msgquota": 8, "msg": "less"},
     }
-    with daemon(old_log.config(), rules).policy() as policy:
+    with daemon(old_log.database.config(), rules).policy() as policy:
 
         def accepted(login: str) -> int:
             answers = [policy.ask(sasl_username=login) for _ in range(10)]
@@ -1370,25 +1778,25 @@ def test_carry_the_counts_over(daemon: START, old_log: Database) -> None:
         assert accepted("josé@example.com") == 7
         assert accepted("jose@example.com") == 6
         assert accepted("old@example.com") == 8
-    assert old_log.sql(STATEMENTS["MySQL, MariaDB"][0]) == "4"  # two were carried over
+    assert old_log.database.sql(STATEMENTS["MySQL, MariaDB"][0]) == "4"  # two were carried over
 
 
-def test_carry_over_twice(old_log: Database) -> None:
+def test_carry_over_twice(old_log: OldLog) -> None:
     for _ in range(2):
-        old_log.sql(CARRY_OVER)
-        assert totals(old_log) == CARRIED
-        assert old_log.sql("SELECT COUNT(*) FROM sends") == "12"
+        old_log.carry_over()
+        assert totals(old_log.database) == CARRIED
+        assert old_log.database.sql("SELECT COUNT(*) FROM sends") == "12"
 
 
-def test_carry_over_leaves_what_is_counted_already(daemon: START, old_log: Database) -> None:
+def test_carry_over_leaves_what_is_counted_already(daemon: START, old_log: OldLog) -> None:
     """A sender whom the new daemon has counted keeps that count."""
-    with daemon(old_log.config()).policy() as policy:
+    with daemon(old_log.database.config()).policy() as policy:
         assert policy.ask(sasl_username=BOB) == "OK"
-        old_log.sql(CARRY_OVER)
-        assert totals(old_log) == {**CARRIED, BOB: "1"}
+        old_log.carry_over()
+        assert totals(old_log.database) == {**CARRIED, BOB: "1"}
         assert policy.ask(sasl_username=BOB) == "OK"
         assert policy.ask(sasl_username="ann@example.com") == "OK"
-    assert totals(old_log) == {**CARRIED, BOB: "2", "ann@example.com": "3"}
+    assert totals(old_log.database) == {**CARRIED, BOB: "2", "ann@example.com": "3"}
 
 
 def test_the_old_settings_go_on_working(tmp_path: Path) -> None:
@@ -1401,6 +1809,23 @@ def test_the_old_settings_go_on_working(tmp_path: Path) -> None:
     path.write_text("{" + ", ".join(settings) + "}")
     assert load_config(path, {}).store == "mysql"
     load_rules(ROOT / "quotarules.json", 30 * 86400)
+
+
+def test_the_variables_of_the_docker_image(tmp_path: Path) -> None:
+    """Those of 1.x's Dockerfile, with the files of ours."""
+    path = copy_shipped(tmp_path / "image") / "saslquota.json"
+    image = (
+        "_bind=0.0.0.0 _bindport=10008 _bindtimeout=120 _myhost=mysql _myuser=saslquota"
+        " _mypasswd=1a2b3c _mydb=saslquota _logfacility=mail _logaddress=localhost _logport=514"
+        " _loglevel=DEBUG _quotafile=quotarules.json"
+    )
+    variables = dict(variable.split("=") for variable in image.split())
+    assert load_config(path, variables).store == "sqlite"
+    config = load_config(path, {**variables, "_store": "mysql", "_allow": "192.0.2.7"})
+    assert (config.store, config.myhost, config.mypasswd) == ("mysql", ("mysql",), "1a2b3c")
+    assert (config.bind, config.bindtimeout, config.logaddress) == ("0.0.0.0", 120, "localhost")
+    for name in ("_store=mysql", "_logaddress=localhost", "_loghandler=stdout", "_bind=0.0.0.0"):
+        assert f"`{name}`" in DOCUMENTS[UPGRADING]
 
 
 def test_the_old_steps_go_on_working(daemon: START, mariadb: MariaDB) -> None:
