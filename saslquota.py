@@ -32,10 +32,10 @@ PROTOCOL
 
 CONFIGURATION
     saslquota.json holds the settings (class Config lists them), quotarules.json the rules. An
-    environment variable of a setting's name overrides it. The rules are read again when their file
-    changes; a broken file keeps the previous ones in force. A rule is an object, or a list of
-    objects, its windows; a mail must be within every window. They have these fields, which default
-    to those of "default":
+    environment variable of a setting's name overrides it; if there are some, and no -c, the file
+    need not be there. The rules are read again when their file changes; a broken file keeps the
+    previous ones in force. A rule is an object, or a list of objects, its windows; a mail must be
+    within every window. They have these fields, which default to those of "default":
 
     period     seconds, or a time such as "90s", "10m", "1h", "1d" or "1w"
     msgquota   how much may be sent in any period of that length; "unlimited", or 0 for nothing
@@ -652,10 +652,17 @@ class Config:
         return self.path.parent / name
 
 
-def load_config(path: Path, environ: Mapping[str, str]) -> Config:
-    """Read saslquota.json; variables of the environment override it. Raises ConfigError."""
-    found, location = load_json(path)
+def load_config(path: Path, environ: Mapping[str, str], *, optional: bool = False) -> Config:
+    """Read saslquota.json; variables of the environment override it. With some, an `optional` file
+    need not be there. Raises ConfigError."""
     fields = {f"_{f.name}": f for f in dataclasses.fields(Config) if "read" in f.metadata}
+    try:
+        found, location = load_json(path)
+    except ConfigError as error:
+        is_missing = isinstance(error.__context__, FileNotFoundError)
+        if not (optional and is_missing and fields.keys() & environ.keys()):
+            raise
+        found, location = {}, Location(path, "")
     for name in found:
         if name not in fields:
             raise ConfigError(f"{location.of(name)}: {unknown_name(name, fields)}")
@@ -3490,7 +3497,8 @@ def rights_of(user: pwd.struct_passwd) -> Iterator[None]:
 
 
 def check_files(config: Config) -> Iterator[str]:
-    yield f"{config.path}: read"
+    there = "read" if config.path.exists() else "not there, the environment has the settings"
+    yield f"{config.path}: {there}"
     python = Path(os.__file__)
     files = [python, Path(__file__).resolve(), config.path, config.beside(config.quotafile)]
     if config.store == "mysql" and config.mysslca:
@@ -3563,8 +3571,8 @@ def risks(config: Config) -> list[str]:
     found = []
     if os.geteuid() == 0:
         found.append("running as root is not needed; use the user saslquota")
-    mode = config.path.stat().st_mode
-    if config.mypasswd and config.store == "mysql" and mode & stat.S_IROTH:
+    is_open = config.path.exists() and config.path.stat().st_mode & stat.S_IROTH
+    if config.mypasswd and config.store == "mysql" and is_open:
         found.append(f"{config.path} holds a password and is readable by everybody: chmod o-r")
     is_loopback = config.bind in ("localhost", "::1") or config.bind.startswith(("127.", "unix:"))
     if not is_loopback and not config.allow:
@@ -3726,14 +3734,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="saslquota.py", description="Postfix policy daemon: sending quotas for SASL senders"
     )
     beside = Path(__file__).resolve().with_name("saslquota.json")
-    default = beside if beside.exists() else SYSTEM_CONFIG
-    parser.add_argument("-c", metavar="FILE", dest="config", type=Path, default=default)
+    default = SYSTEM_CONFIG if SYSTEM_CONFIG.exists() and not beside.exists() else beside
+    parser.add_argument("-c", metavar="FILE", dest="config", type=Path)
     parser.add_argument("--check", action="store_true", help="look at everything, change nothing")
     parser.add_argument("--user", default="", help="with --check by root: whom the daemon runs as")
     parser.add_argument("--version", action="version", version=f"saslquota {__version__}")
     arguments = parser.parse_args(argv)
     try:
-        config = load_config(arguments.config, os.environ)
+        is_default = arguments.config is None
+        path = default if is_default else arguments.config
+        config = load_config(path, os.environ, optional=is_default)
         if not arguments.check:
             return run_daemon(config)
         status = check_setup(config, arguments.user)

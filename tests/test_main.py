@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from helpers import example_files, saslquota_py, write_config
 from servers.ports import free_port
-from servers.process import ROOT
+from servers.process import ROOT, clean_environment
 
 import saslquota
 
@@ -129,6 +129,25 @@ def test_bad_rules_at_the_start_are_one_line(
     assert saslquota.main(["-c", str(config)]) == 1
     assert capsys.readouterr() == (f"saslquota: {path.parent}/{expected}", "")
     assert os.listdir(tmp_path) == ["saslquota.json"]
+
+
+def test_settings_of_the_environment_need_no_file(shipped: Path) -> None:
+    """Unless it was named: that is a mistake."""
+    (shipped / "saslquota.json").unlink()
+    done = subprocess.run(
+        [sys.executable, shipped / "saslquota.py", "--check"],
+        env=clean_environment({"_store": "sqlite", "_bindport": free_port()}),
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    lines = done.stdout.splitlines()
+    there = "not there, the environment has the settings"
+    assert (done.returncode, lines[0]) == (0, f"{shipped}/saslquota.json: {there}")
+    assert saslquota_py("-c", shipped / "saslquota.json", "--check", _store="sqlite") == (
+        1,
+        [f"saslquota: {shipped}/saslquota.json: cannot be read: No such file or directory"],
+    )
 
 
 def test_missing_rules_at_the_start(shipped: Path) -> None:
