@@ -1285,15 +1285,14 @@ class Store:
         rows = self._run_each(f"SELECT {columns} FROM sends WHERE {which}", many)
         return [StoredEntry(*row) for row in rows]
 
-    def newest_entries(self, accounts: Sequence[str], *, take_locks: bool) -> list[StoredEntry]:
-        """The HEAD_ROWS newest entries of each account. With `take_locks` nobody else can append to
-        these accounts until append() or rollback()."""
+    def newest_entries(self, wanted: Mapping[str, int], *, take_locks: bool) -> list[StoredEntry]:
+        """Of each account a number of its newest entries. With `take_locks` nobody else can append
+        to these accounts until append() or rollback()."""
         if take_locks:
             self._run(self.BEGIN_LOCKING)
             self._in_locking_transaction = True
-        newest = f"account = ? ORDER BY seq DESC LIMIT {HEAD_ROWS}"
         lock = self.FOR_UPDATE if take_locks else ""
-        return self._select(newest + lock, [(name,) for name in accounts])
+        return self._select(f"account = ? ORDER BY seq DESC LIMIT ?{lock}", list(wanted.items()))
 
     def entries_at(self, wanted: Sequence[tuple[str, Sequence[int]]]) -> list[StoredEntry]:
         """The entries of each account at SEARCH_FANOUT numbers, as far as they are still there."""
@@ -1696,10 +1695,10 @@ class MySQLStore(Store):
         selects = [f"({with_literals(sql, values)})" for values in many]
         return self._run(" UNION ALL ".join(selects))
 
-    def newest_entries(self, accounts: Sequence[str], *, take_locks: bool) -> list[StoredEntry]:
+    def newest_entries(self, wanted: Mapping[str, int], *, take_locks: bool) -> list[StoredEntry]:
         if take_locks:  # should this machine vanish now, the server must not keep them for hours
             self._run(f"SET SESSION wait_timeout = {self.statement_timeout + 1}")
-        return super().newest_entries(accounts, take_locks=take_locks)
+        return super().newest_entries(wanted, take_locks=take_locks)
 
     def append(self, entries: Sequence[Entry]) -> None:
         had_locks = self._in_locking_transaction
@@ -1936,6 +1935,11 @@ class WindowCache:
         else:
             self.complete = False
 
+    def take_back(self, before: int) -> None:
+        """Undo an append(); what it has made incomplete stays so."""
+        if self.rows and self.rows[-1][1] == before:
+            del self.rows[-1]
+
 
 class CachedAccount:
     """What is remembered of one account. Exact until another daemon appends to it, which makes our
@@ -1971,6 +1975,12 @@ class CachedAccount:
         for window in self.windows.values():
             window.forget()
 
+    def keep_windows_of(self, debits: Iterable[Debit]) -> None:
+        """Forget those of periods that its rule has no longer."""
+        mine = [debit for debit in debits if debit.account == self.name]
+        periods = {window.period for debit in mine for window in debit.windows}
+        self.windows = {p: window for p, window in self.windows.items() if p in periods}
+
     def used(self, period: int, now: Now) -> int | None:
         """Recipients in the period that ends now; None when the store must be asked."""
         window = self.windows.get(period)
@@ -1989,6 +1999,25 @@ class CachedAccount:
         return Entry(
             self.name, self.seq, self.epoch, self.at, recipients, self.total, instance, token
         )
+
+    def take_back(self, entry: Entry) -> None:
+        """Undo an append(), but for the time: the head tells."""
+        if entry.seq == self.seq:
+            self.seq, self.total = entry.seq - 1, entry.total - entry.recipients
+            for window in self.windows.values():
+                window.take_back(self.total)
+
+    def follow(self, head: StoredEntry) -> bool:
+        """Take over what other daemons have appended: what was before it in a window stays so.
+        False if the head is no later one of this chain: the account was reset."""
+        if head.epoch != self.epoch or (head.seq, head.total) < (self.seq, self.total):
+            return False
+        if head.seq > self.seq:
+            for window in self.windows.values():
+                window.complete = False
+        self.seq, self.at, self.total = head.seq, head.at, head.total
+        self.ahead_until = max(self.ahead_until, self.at)
+        return True
 
 
 class Search(NamedTuple):
@@ -2059,14 +2088,17 @@ class Accounts:
         # seq and ahead_until of accounts that are ahead, for when the rest has been forgotten
         self._ahead: collections.OrderedDict[str, tuple[int, int]] = collections.OrderedDict()
         self._retry_searches = RateLimit(RETRY_SEARCH_INTERVAL)
+        self.are_shared = False  # with other daemons: their heads move, and are read each time
 
     def __getitem__(self, name: str) -> CachedAccount:
         """An account that refresh() was asked for."""
         return self._cache[name]
 
-    def forget(self, names: Iterable[str]) -> None:
-        for name in names:
-            self._cache.pop(name, None)
+    def take_back(self, entries: Sequence[Entry]) -> None:
+        """Forget what was appended, in this order, and not written."""
+        for entry in reversed(entries):
+            if account := self._cache.get(entry.account):
+                account.take_back(entry)
 
     def forget_all(self) -> None:
         """Nothing is known on a new connection."""
@@ -2086,11 +2118,11 @@ class Accounts:
         is_fresh = self._clock.is_fresh() and not take_locks
         now = self._clock.now() if is_fresh else self.read_clock()
         stale, spent = self._lacking(debits, now)
-        if spent:
+        if take_locks or self.are_shared:
+            stale = {debit.account for debit in debits}
+        elif spent:
             self._fill([debit for debit in debits if debit.account in spent], now, {})
             stale, _ = self._lacking(debits, now)
-        if take_locks:
-            stale = {debit.account for debit in debits}
         if stale:
             heads = self._read_heads(sorted(stale, key=lock_order), now, take_locks=take_locks)
             self._fill([debit for debit in debits if debit.account in stale], now, heads)
@@ -2115,7 +2147,7 @@ class Accounts:
             if account.ahead_until > now.clock:
                 self._ahead[account.name] = account.seq, account.ahead_until
             if len(account.windows) > len(debit.windows):
-                self._drop_unused(account, debits)
+                account.keep_windows_of(debits)
             more = wanted[debit.account] = wanted.get(debit.account, 0) + debit.recipients
             for window in debit.windows:
                 used = account.used(window.period, now)
@@ -2125,23 +2157,19 @@ class Accounts:
                     stale.add(debit.account)
         return stale, spent
 
-    def _drop_unused(self, account: CachedAccount, debits: Iterable[Debit]) -> None:
-        """Forget the windows of periods that its rule has no longer."""
-        used = {
-            w.period for debit in debits if debit.account == account.name for w in debit.windows
-        }
-        account.windows = {p: window for p, window in account.windows.items() if p in used}
-
     def _read_heads(
         self, names: Sequence[str], now: Now, *, take_locks: bool
     ) -> Mapping[str, list[StoredEntry]]:
         """Read the heads of accounts; return their newest entries. What is remembered of an account
-        stays right as long as its head is the same: rows are only ever appended."""
-        heads = chains(self._store.newest_entries(names, take_locks=take_locks))
+        stays right: rows are only ever appended."""
+        wanted = {name: 1 if name in self._cache else HEAD_ROWS for name in names}
+        heads = chains(self._store.newest_entries(wanted, take_locks=take_locks))
+        have_moved = False
         for name in names:
             head = heads[name][-1] if heads[name] else StoredEntry(name, 0, 1, 0, 0, 0)
             account = self._cache.pop(name, None)  # the newest are at the end
-            if account is None or account.seq != head.seq:
+            have_moved |= account is not None and account.seq != head.seq
+            if account is None or not account.follow(head):
                 account = CachedAccount(head)
                 seq, ahead_until = self._ahead.get(name, (0, 0))
                 if seq == head.seq:
@@ -2150,6 +2178,7 @@ class Accounts:
             self._cache[name] = account
             if account.at > now.clock:
                 self._clock.note_ahead(head)
+        self.are_shared = self.are_shared and have_moved
         return heads
 
     def _fill(
@@ -2288,7 +2317,7 @@ class Decision:
         self._now = now
         self._monotonic = monotonic
         self._token = random.getrandbits(63)
-        self._entries: list[Entry] = []
+        self.appended: list[Entry] = []
         self._pools: dict[str, tuple[int, str]] = {}  # recipients, and the first instance
 
     def judge(self, charge: Charge) -> Verdict:
@@ -2324,13 +2353,13 @@ class Decision:
 
     def _append(self, name: str, recipients: int, instance: str) -> None:
         account = self._accounts[name]
-        self._entries.append(account.append(recipients, instance, self._now, self._token))
+        self.appended.append(account.append(recipients, instance, self._now, self._token))
 
     def entries(self) -> list[Entry]:
         """What makes the verdicts true, in the order in which accounts are locked."""
         for name, (recipients, instance) in self._pools.items():
             self._append(name, recipients, instance)
-        return sorted(self._entries, key=lambda entry: (lock_order(entry.account), entry.seq))
+        return sorted(self.appended, key=lambda entry: (lock_order(entry.account), entry.seq))
 
     def _last_to_free(self, over: Sequence[Usage]) -> tuple[Usage, float | None]:
         """The window that the charge is over for longest, and when the charge would fit into it, in
@@ -2418,6 +2447,7 @@ class Ledger:
                 reason = str(error)
                 self._take_back(batch)
                 batch.collisions += 1
+                self._accounts.are_shared = True
                 if isinstance(error, LockTimeout) and not batch.is_uncertain:
                     self._find_locked(batch)
             except TimedOut:
@@ -2456,7 +2486,7 @@ class Ledger:
     def _take_back(self, batch: Batch) -> None:
         """Forget what was decided and not written."""
         self._store.rollback()
-        self._accounts.forget(debit.account for debit in batch.debits)
+        self._accounts.take_back(batch.entries)
 
     def _find_locked(self, batch: Batch) -> None:
         """Raise AccountsLocked if another session has locked accounts of the batch, and keeps them:
@@ -2484,14 +2514,18 @@ class Ledger:
         now = self._accounts.refresh(batch.debits, take_locks=take_locks)
         decision = Decision(self._accounts, now, self._monotonic)
         verdicts = []
-        for index, charge in enumerate(batch.charges):
-            verdict = decision.judge(charge)
-            if verdict.accepted:
-                if batch.is_wanted(index):
-                    decision.accept(charge)
-                else:
-                    verdict = verdict._replace(accepted=False)
-            verdicts.append(verdict)
+        try:
+            for index, charge in enumerate(batch.charges):
+                verdict = decision.judge(charge)
+                if verdict.accepted:
+                    if batch.is_wanted(index):
+                        decision.accept(charge)
+                    else:
+                        verdict = verdict._replace(accepted=False)
+                verdicts.append(verdict)
+        except StoreError:
+            self._accounts.take_back(decision.appended)
+            raise
         batch.entries, batch.verdicts = decision.entries(), verdicts
 
     def purge(self) -> bool:
