@@ -35,7 +35,6 @@ from servers import (
 )
 
 DAY = 86400
-ON_MARIADB_48 = "48, MariaDB"
 BULK_ACCOUNTS = 500  # in one INSERT of a bulk load
 REQUEST = (
     b"request=smtpd_access_policy\nprotocol_state=RCPT\nsasl_username=%s@example.org\n"
@@ -244,17 +243,20 @@ def oldest(database: MariaDB, name: str) -> str:
 
 
 def three_daemons(this: Round) -> None:
-    """Three daemons on one database, 50 senders shared: every append may meet another's."""
-    load = this.load(connections=48, senders=50)
-    for name, daemons, row in (
-        ("alone", 1, table.ONE_DAEMON),
-        ("shared", 3, table.THREE_DAEMONS),
+    """Three daemons on one database that share their senders, or a pool, beside one: every append
+    may meet another's."""
+    for what, senders, pools in (
+        (table.MANY_SENDERS, 1000, ()),
+        (table.FEW_SENDERS, 50, ()),
+        (table.POOLED_SENDERS, 1000, ("*",)),
     ):
-        this.create(name)
-        started = [this.start(this.database, name) for _ in range(daemons)]
-        this.record(
-            row, ON_MARIADB_48, functools.partial(run_side_by_side, this, name, started, load)
-        )
+        load = this.load(connections=48, senders=senders)
+        for daemons in (1, 3) if this.turn % 2 == 0 else (3, 1):
+            name = f"{'alone' if daemons == 1 else 'shared'}{senders}{'pool' if pools else ''}"
+            this.create(name)
+            started = [this.start(this.database, name, pools=pools) for _ in range(daemons)]
+            measure = functools.partial(run_side_by_side, this, name, started, load)
+            this.record(table.by_daemons(what, daemons), table.ON_MARIADB_48, measure)
 
 
 def run_side_by_side(

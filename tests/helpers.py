@@ -41,6 +41,7 @@ StartPostfix = Callable[..., Postfix]
 StartSupervisor = Callable[..., Supervisor]
 
 EXAMPLES = Path(__file__).resolve().parent
+SYSTEM_PYTHON = "/usr/bin/python3"  # every user can run it
 
 DAY = 86_400  # seconds
 RETENTION = 30 * DAY  # seconds, as by default

@@ -9,7 +9,7 @@ from helpers import lone_charge
 from servers.audit import SECOND
 
 import saslquota
-from saslquota import StoredEntry, Window, WindowCache
+from saslquota import Conflict, Entry, StoredEntry, TimedOut, Window, WindowCache
 
 TEN = tuple(Window(60 * 2**n, 10**9) for n in range(10))
 
@@ -119,3 +119,94 @@ def test_searches_for_when_a_charge_fits_are_few(
     assert all(exact - 0.01 <= told <= latest + 0.01 for told, exact in waits)
     assert waits[0][0] == pytest.approx(waits[0][1], abs=0.01)
     assert len(searches) < 50
+
+
+class Statements:
+    """Counts what a store is asked for."""
+
+    def __init__(self, store: saslquota.Store, patch: pytest.MonkeyPatch) -> None:
+        self.heads: list[dict[str, int]] = []
+        self.searches = 0
+        self.inserts = 0
+        newest, after, append = store.newest_entries, store.entries_after, store.append
+
+        def newest_entries(wanted: dict[str, int], *, take_locks: bool) -> list[StoredEntry]:
+            self.heads.append(dict(wanted))
+            return newest(wanted, take_locks=take_locks)
+
+        def entries_after(wanted: Sequence[tuple[str, int]]) -> list[StoredEntry]:
+            self.searches += len(wanted)
+            return after(wanted)
+
+        def insert(entries: Sequence[Entry]) -> None:
+            self.inserts += 1
+            append(entries)
+
+        patch.setattr(store, "newest_entries", newest_entries)
+        patch.setattr(store, "entries_after", entries_after)
+        patch.setattr(store, "append", insert)
+
+
+def test_what_is_remembered_outlives_a_collision(
+    fleet: StartFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an account that others append to, one row is read: the head. Its windows stay known."""
+    two = fleet(2)
+    windows = (Window(3600, 10**6), Window(60, 10**6))
+    for _ in range(100):
+        assert two.send("a", windows)
+        two.world.now += SECOND
+    statements = Statements(two.stores[0], monkeypatch)
+    for _ in range(10):
+        assert two.send("a", windows, daemon=1)
+        assert two.send("a", windows)
+    assert statements.heads == [{"a": 1}] * 10
+    assert statements.searches == 0
+    assert two.rows()[-1].total == 120
+
+
+def test_heads_are_read_first_while_others_append(
+    fleet: StartFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = fleet(2)
+    assert two.send("a", TEN[:1])
+    assert two.send("a", TEN[:1], daemon=1)
+    seen = Statements(two.stores[0], monkeypatch)
+    assert two.send("a", TEN[:1])  # collides
+    assert (seen.inserts, len(seen.heads)) == (2, 1)
+    assert two.send("a", TEN[:1], daemon=1)
+    assert two.send("a", TEN[:1])  # does not
+    assert (seen.inserts, len(seen.heads)) == (3, 2)
+    assert two.send("a", TEN[:1])  # nobody else has appended
+    assert (seen.inserts, len(seen.heads)) == (4, 3)
+    for _ in range(5):
+        assert two.send("a", TEN[:1])
+    assert (seen.inserts, len(seen.heads)) == (9, 3)
+
+
+def test_what_a_decision_has_appended_is_taken_back(
+    fleet: StartFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when the store fails in the middle of it."""
+    one = fleet()
+    windows = (Window(3600, 40, msg="{retry_after}"),)
+    for n in range(40):
+        assert one.send("a", windows)
+        assert n < 30 or one.send("b", (Window(3600, 100),))
+    before = remembered(one.ledgers[0], "b")
+    with monkeypatch.context() as patch:
+
+        def fail(*_arguments: object) -> float:
+            raise Conflict("for a test")
+
+        patch.setattr(one.ledgers[0]._accounts, "when_total_reached", fail)
+        charges = [
+            lone_charge("b", 3, "", (Window(3600, 100),)),
+            lone_charge("a", 2, "", windows),
+        ]
+        with pytest.raises(TimedOut):
+            one.ledgers[0].charge(charges, one.world.monotonic())
+    assert remembered(one.ledgers[0], "b") == before
+    assert one.send("b", (Window(3600, 100),))
+    chain = [(row.seq, row.total) for row in one.rows() if row.account == "b"]
+    assert chain == [(n, n) for n in range(1, 12)]

@@ -15,6 +15,7 @@ import pytest
 from helpers import (
     DEFAULT_SENTENCE,
     SENTENCE,
+    SYSTEM_PYTHON,
     StartDaemon,
     require,
     saslquota_py,
@@ -364,9 +365,6 @@ def test_check_tells_the_risks(shipped: Path) -> None:
     _, lines = check(shipped, _store="mysql", _mypasswd="secret", _myhost="unix:/none")
     holds = f"{shipped}/saslquota.json holds a password and is readable by everybody"
     assert any(line.startswith(f"warning: {holds}") for line in lines)
-
-
-SYSTEM_PYTHON = "/usr/bin/python3"  # every user can run it
 
 
 def check_by_system_python(directory: Path, *arguments: str) -> tuple[int, list[str]]:

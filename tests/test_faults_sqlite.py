@@ -4,14 +4,13 @@ the log names the trouble, and counting goes on as soon as it can."""
 import os
 import sqlite3
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
-from helpers import DAY, StartDaemon, require
+from helpers import DAY, SYSTEM_PYTHON, StartDaemon, require
 from servers.audit import SECOND, audit, audit_all, entries
 from servers.clock import (
     CLOCK_RULES,
@@ -223,7 +222,7 @@ def test_a_file_that_belongs_to_root(new_directory: Callable[[], Path], suffix: 
     remedy = f"{path} belongs to root, nobody may not write to it: run chown nobody {path}"
     users = [as_user(SERVICE)]
     if not suffix:  # SQLite as root mends the owner of a -wal
-        users.append([sys.executable])
+        users.append([SYSTEM_PYTHON])
     for user in users:
         command = [*user, counting.directory / "saslquota.py", "--check"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
