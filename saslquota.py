@@ -3481,6 +3481,8 @@ def check_setup(config: Config, user: str = "") -> int:
     what the daemon's user would find: `user`, or else the owner of the directory that the daemon
     writes to. Raises ConfigError when there is no such user."""
     account = daemon_user(config, user)
+    if account:
+        print(f"checked with the rights of the user {account.pw_name}, see --user")
     status = 0
     with rights_of(account) if account else contextlib.nullcontext():
         for check in (check_files, check_rules, check_risks, check_address, check_store):

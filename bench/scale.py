@@ -25,7 +25,9 @@ from servers import (
     Daemon,
     Load,
     MariaDB,
+    MySQL,
     Result,
+    far_away,
     free_port,
     ledger,
     run_load,
@@ -259,6 +261,42 @@ def three_daemons(this: Round) -> None:
             this.record(table.by_daemons(what, daemons), table.ON_MARIADB_48, measure)
 
 
+def far(this: Round) -> None:
+    """A database a millisecond away: one daemon, and three that share their senders."""
+    there = far_away(this.bench, this.database, 0.001)
+    for name in ("near", "far"):
+        this.create(name)
+    near = this.start(this.database, "near")
+    distant = this.start(there, "far")
+    load = this.load()
+    measure_pair(this, (table.NEAR, loaded(near, load)), (table.FAR, loaded(distant, load)))
+    load = this.load(connections=48)
+    for daemons in (1, 3) if this.turn % 2 == 0 else (3, 1):
+        name = f"far{daemons}"
+        this.create(name)
+        started = [this.start(there, name) for _ in range(daemons)]
+        measure = functools.partial(run_side_by_side, this, name, started, load)
+        this.record(table.by_daemons(table.FAR_SENDERS, daemons), table.ON_MARIADB_48, measure)
+
+
+def mysql(this: Round) -> None:
+    """MySQL beside MariaDB."""
+    if not MySQL.SERVER.exists():
+        say("no MySQL: run tests/get-mysql")
+        return
+    other = MySQL(this.bench)
+    this.create("mariadb")
+    for name in this.ledgers("mysql"):
+        other.create(name)
+    load = this.load()
+    measure_pair(
+        this,
+        (table.ON_MARIADB_TOO, loaded(this.start(this.database, "mariadb"), load)),
+        (table.ON_MYSQL, loaded(this.start(other, "mysql"), load)),
+        "16",
+    )
+
+
 def run_side_by_side(
     this: Round, name: str, started: list[dict[str, Daemon]], load: Load, program: str
 ) -> Result:
@@ -345,6 +383,8 @@ CASES: dict[str, Callable[[Round], None]] = {
     "idle": idle,
     "purge": purge,
     "three-daemons": three_daemons,
+    "far": far,
+    "mysql": mysql,
     "steady": steady,
     "pools": pools,
     "refusals": refusals,

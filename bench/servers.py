@@ -8,6 +8,7 @@ file system where a commit costs nothing.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import importlib.util
 import json
@@ -248,17 +249,25 @@ class MariaDB:
     """A private server with Debian's defaults, which make every commit durable, and the options
     of --mariadbd."""
 
-    def __init__(self, bench: Bench, options: Sequence[str]) -> None:
+    NAME = "mariadb"
+    INSTALL: tuple[str | Path, ...] = ("mariadb-install-db",)
+    INSTALL_OPTIONS: tuple[str, ...] = (
+        "--skip-test-db",
+        "--auth-root-authentication-method=normal",
+    )
+    SERVER: str | Path = "mariadbd"
+    CLIENT: str | Path = "mariadb"
+
+    def __init__(self, bench: Bench, options: Sequence[str] = ()) -> None:
         self.port = free_port()
         self.user, self.password = "saslquota", secrets.token_hex(8)
-        self.socket = bench.sockets / "mariadb"
+        self.socket = bench.sockets / self.NAME
         owner = pwd.getpwuid(os.geteuid()).pw_name
-        common = ["--no-defaults", f"--datadir={bench.data / 'mariadb'}", f"--user={owner}"]
-        install = ["mariadb-install-db", *common, "--skip-test-db"]
-        install += ["--auth-root-authentication-method=normal"]
+        common = ["--no-defaults", f"--datadir={bench.path('.' + self.NAME)}", f"--user={owner}"]
+        install = [*self.INSTALL, *common, *self.INSTALL_OPTIONS]
         subprocess.run(install, stdout=bench.log, stderr=bench.log, check=True)
-        serve = ["mariadbd", *common, f"--socket={self.socket}", f"--port={self.port}"]
-        serve += ["--bind-address=127.0.0.1", f"--pid-file={bench.sockets / 'mariadb.pid'}"]
+        serve = [self.SERVER, *common, f"--socket={self.socket}", f"--port={self.port}"]
+        serve += ["--bind-address=127.0.0.1", f"--pid-file={bench.sockets / self.NAME}.pid"]
         serve += ["--innodb-flush-log-at-trx-commit=1", "--skip-name-resolve", *options]
         bench.start(serve, self.is_ready)
         self.sql(
@@ -273,7 +282,7 @@ class MariaDB:
     def client(self, statements: str, database: str = "") -> subprocess.CompletedProcess[str]:
         """Run statements with the command-line client, as root over the socket."""
         return subprocess.run(
-            ["mariadb", "--no-defaults", "-N", "-B", "-u", "root", "-S", self.socket, database],
+            [self.CLIENT, "--no-defaults", "-N", "-B", "-u", "root", "-S", self.socket, database],
             input=statements,
             capture_output=True,
             text=True,
@@ -368,6 +377,30 @@ def write_json(bench: Bench, content: dict[str, Any]) -> Path:
     path = bench.path(".json")
     path.write_text(json.dumps(content))
     return path
+
+
+class MySQL(MariaDB):
+    """The same with MySQL, which tests/get-mysql unpacks."""
+
+    TOP = HERE.parent / ".mysql-tests"
+    NAME = "mysql"
+    OPTIONS = (f"--basedir={TOP / 'usr'}", f"--plugin-dir={TOP / 'usr/lib/mysql/plugin'}")
+    INSTALL = (TOP / "bin" / "mysqld",)
+    INSTALL_OPTIONS = ("--initialize-insecure", *OPTIONS)
+    SERVER = TOP / "bin" / "mysqld"
+    CLIENT = TOP / "bin" / "mysql"
+
+    def __init__(self, bench: Bench) -> None:
+        super().__init__(bench, [*self.OPTIONS, "--secure-file-priv=NULL", "--mysqlx=OFF"])
+
+
+def far_away(bench: Bench, database: MariaDB, seconds: float) -> MariaDB:
+    """The same server behind a round trip of so many seconds."""
+    there = copy.copy(database)
+    there.port = free_port()
+    delay = [PYTHON, HERE / "delay.py", str(there.port), str(database.port), str(seconds)]
+    bench.start(delay, lambda: accepts(there.port))
+    return there
 
 
 # --- the load ------------------------------------------------------------------------------------

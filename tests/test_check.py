@@ -392,6 +392,7 @@ def test_root_checks_as_the_owner(owned: Path) -> None:
     """With the rights of the user who the daemon will run as."""
     status, lines = check_by_system_python(owned)
     assert (status, [line for line in lines if "cannot" in line]) == (0, [])
+    assert lines[0] == "checked with the rights of the user nobody, see --user"
     assert not any("running as root" in line for line in lines)
     (owned / "quotarules.json").chmod(0o600)
     status, lines = check_by_system_python(owned)
