@@ -2185,29 +2185,28 @@ class Accounts:
         self, debits: Sequence[Debit], now: Now, heads: Mapping[str, Sequence[StoredEntry]]
     ) -> None:
         """Find the oldest entries of the windows of which none is remembered any more, or yet."""
-        searches = []
+        searches: list[Search] = []
+        found: list[tuple[Search, list[StoredEntry]]] = []
         periods: dict[str, set[int]] = collections.defaultdict(set)
         for debit in debits:
             periods[debit.account].update(window.period for window in debit.windows)
-        for name, period in ((name, period) for name, found in periods.items() for period in found):
+        for name, period in ((name, period) for name, some in periods.items() for period in some):
             account, newest = self._cache[name], heads.get(name, ())
             if account.used(period, now) is not None:
                 continue
-            capacity = max(LEAST_ROWS, WINDOW_CACHE_ROWS // len(periods[name]))
             low = account.windows[period].gone if period in account.windows else 0
             high = newest[0].seq if newest else account.seq
             search = Search(account, period, account.time(now) - period * 1_000_000, low, high)
             within = list(filter(search.is_at_or_after, newest))
-            account.windows[period] = WindowCache(within, account.seq, capacity)
             # If the newest entries were read, `high` is among them; if not, it must still be read.
             unread = high - low - bool(newest)
             if unread > 0 and account.at >= search.start and len(within) == len(newest):
                 searches.append(search)
-        for search, oldest in self._search(searches):
-            window = search.account.windows[search.period]
-            search.account.windows[search.period] = WindowCache(
-                oldest, search.account.seq, window.capacity
-            )
+            else:
+                found.append((search, within))
+        for (account, period, *_), oldest in found + self._search(searches):
+            capacity = max(LEAST_ROWS, WINDOW_CACHE_ROWS // len(periods[account.name]))
+            account.windows[period] = WindowCache(oldest, account.seq, capacity)
 
     def _search(self, searches: list[Search]) -> list[tuple[Search, list[StoredEntry]]]:
         """Find the entries that are searched for, each with some that follow it; all together."""

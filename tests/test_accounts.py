@@ -210,3 +210,25 @@ def test_what_a_decision_has_appended_is_taken_back(
     assert one.send("b", (Window(3600, 100),))
     chain = [(row.seq, row.total) for row in one.rows() if row.account == "b"]
     assert chain == [(n, n) for n in range(1, 12)]
+
+
+def test_a_search_that_fails_leaves_nothing_behind(
+    fleet: StartFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A deadlock in the middle of it: what is not known yet must not look as if it were."""
+    two = fleet(2)
+    windows = (Window(3600, 100),)
+    for _ in range(100):
+        assert two.send("a", windows)
+        two.world.now += SECOND
+    read = two.stores[1].entries_after
+    failures = [Conflict("for a test")]
+
+    def failing(wanted: Sequence[tuple[str, int]]) -> list[StoredEntry]:
+        if failures:
+            raise failures.pop()
+        return read(wanted)
+
+    monkeypatch.setattr(two.stores[1], "entries_after", failing)
+    assert not two.send("a", windows, daemon=1)
+    assert failures == []

@@ -45,7 +45,7 @@ def test_nodes_that_write_the_same_accounts(group: Group, daemon: StartDaemon) -
     daemons = [daemon({**config, "_myhost": group.hosts(n)}, rules) for n in range(3)]
     ports = [running.port for running in daemons]
     with Load(ports, ["busy@example.com"], connections=6, pause=0) as busy:
-        busy.wait(OK, 120, 4000)
+        busy.wait(OK, 120, 2000)
     assert {sample.reply for sample in busy.samples} == {OK}
     with Load(ports, SENDERS, connections=9, pause=0.01) as load:
         load.wait(OK, 60, 500)

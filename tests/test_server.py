@@ -403,8 +403,9 @@ def test_the_connection_idle_longest_makes_room(daemon: StartDaemon) -> None:
 
 def test_a_request_under_way_does_not_make_room(daemon: StartDaemon) -> None:
     running = daemon({"_maxconnections": 3})
-    with running.policy() as busy, running.policy() as idle, running.policy() as third:
-        assert [busy.ask(), idle.ask()] == ["OK"] * 2
+    with running.policy() as idle, running.policy() as busy, running.policy() as third:
+        # Once the second is decided, nothing of the first is under way.
+        assert [idle.ask(), busy.ask()] == ["OK"] * 2
         with locked(running.ledger):
             busy.send(PolicyClient.block())
             for _ in range(50):  # by then the request before is under way, too
