@@ -2355,10 +2355,11 @@ class Decision:
         self.appended.append(account.append(recipients, instance, self._now, self._token))
 
     def entries(self) -> list[Entry]:
-        """What makes the verdicts true, in the order in which accounts are locked."""
-        for name, (recipients, instance) in self._pools.items():
+        """What makes the verdicts true, in the order in which accounts are locked: lock_order()."""
+        senders = sorted(self.appended)
+        for name, (recipients, instance) in sorted(self._pools.items()):
             self._append(name, recipients, instance)
-        return sorted(self.appended, key=lambda entry: (lock_order(entry.account), entry.seq))
+        return senders + self.appended[len(senders) :]
 
     def _last_to_free(self, over: Sequence[Usage]) -> tuple[Usage, float | None]:
         """The window that the charge is over for longest, and when the charge would fit into it, in

@@ -17,6 +17,7 @@
  *     -S N     seed of the random choice (0); with the same seed, two generators side by side ask
  *              for the same senders at the same time
  *     -f N     number of the first sender (0)
+ *     -O       each port has that many senders of its own
  *     -N       a new connection for each request
  *     -a TEXT  reply that counts as accepted (action=OK)
  *     -r TEXT  reply that counts as refused (none: a refusal is an error)
@@ -43,6 +44,7 @@ enum { REPLY_TIMEOUT_MS = 30000, LONGEST_US = 60000000, SCRAMBLE = 48271, PACE_U
 struct connection {
     int fd;
     int port;
+    long first_sender;
     int unsent; /* the request waits for the connect to complete */
     int64_t begun;
     int request_length;
@@ -52,7 +54,7 @@ struct connection {
 };
 
 static struct {
-    int connections, senders, in_turn, fresh, ports[MAX_PORTS], port_count;
+    int connections, senders, in_turn, own_senders, fresh, ports[MAX_PORTS], port_count;
     double warmup, seconds;
     long first_sender, requests;
     char accepted[MAX_REPLY], refused[MAX_REPLY];
@@ -108,7 +110,7 @@ static long next_sender(void)
 /* write_request - the block that Postfix 3.7 sends for a RCPT on submission, in its order */
 static void write_request(struct connection *c)
 {
-    long sender = next_sender();
+    long sender = c->first_sender + next_sender();
 
     c->request_length = snprintf(
         c->request, MAX_REQUEST,
@@ -301,7 +303,7 @@ static void parse_options(int argc, char **argv)
     int letter;
 
     set_reply(option.accepted, &option.accepted_length, "action=OK");
-    while ((letter = getopt(argc, argv, "c:w:t:n:s:S:f:oNa:r:")) != -1)
+    while ((letter = getopt(argc, argv, "c:w:t:n:s:S:f:oONa:r:")) != -1)
         switch (letter) {
         case 'c': option.connections = atoi(optarg); break;
         case 'w': option.warmup = atof(optarg); break;
@@ -311,6 +313,7 @@ static void parse_options(int argc, char **argv)
         case 'S': random_state ^= strtoull(optarg, NULL, 10) * UINT64_C(0x9e3779b97f4a7c15); break;
         case 'f': option.first_sender = atol(optarg); break;
         case 'o': option.in_turn = 1; break;
+        case 'O': option.own_senders = 1; break;
         case 'N': option.fresh = 1; break;
         case 'a': set_reply(option.accepted, &option.accepted_length, optarg); break;
         case 'r': set_reply(option.refused, &option.refused_length, optarg); break;
@@ -334,6 +337,8 @@ int main(int argc, char **argv)
     for (i = 0; i < option.connections; i++) {
         connections[i].fd = -1;
         connections[i].port = option.ports[i % option.port_count];
+        if (option.own_senders)
+            connections[i].first_sender = (long)(i % option.port_count) * option.senders;
         if (!option.fresh)
             open_connection(&connections[i], 1);
     }

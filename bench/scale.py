@@ -247,14 +247,18 @@ def oldest(database: MariaDB, name: str) -> str:
 def three_daemons(this: Round) -> None:
     """Three daemons on one database that share their senders, or a pool, beside one: every append
     may meet another's."""
-    for what, senders, pools in (
-        (table.MANY_SENDERS, 1000, ()),
-        (table.FEW_SENDERS, 50, ()),
-        (table.POOLED_SENDERS, 1000, ("*",)),
+    for case, (what, senders, pools, own) in enumerate(
+        (
+            (table.MANY_SENDERS, 1000, (), False),
+            (table.FEW_SENDERS, 50, (), False),
+            (table.POOLED_SENDERS, 1000, ("*",), False),
+            (table.OWN_SENDERS, 1000, (), True),
+        )
     ):
-        load = this.load(connections=48, senders=senders)
         for daemons in (1, 3) if this.turn % 2 == 0 else (3, 1):
-            name = f"{'alone' if daemons == 1 else 'shared'}{senders}{'pool' if pools else ''}"
+            each = senders // daemons if own else senders
+            load = this.load(connections=48, senders=each, own_senders=own)
+            name = f"daemons{daemons}case{case}"
             this.create(name)
             started = [this.start(this.database, name, pools=pools) for _ in range(daemons)]
             measure = functools.partial(run_side_by_side, this, name, started, load)

@@ -417,6 +417,7 @@ class Load:
     senders: int = 1000
     requests: int = 0
     in_turn: bool = False
+    own_senders: bool = False
     accepted: str = "action=OK"
     refused: str = ""
 
@@ -426,6 +427,7 @@ class Load:
         options += ["-r", self.refused] if self.refused else []
         options += ["-N"] if self.fresh else []
         options += ["-o"] if self.in_turn else []
+        options += ["-O"] if self.own_senders else []
         if self.requests:
             return [*options, "-n", str(self.requests)]
         return [*options, "-t", str(self.seconds), "-w", str(self.warmup)]
