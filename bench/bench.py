@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import plot
 import scale
 import table
 from peers import install_peers, policyd_rate_limit, postfwd
@@ -287,8 +288,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--scale",
         type=some_of(cases),
-        default=cases,
-        help=f"all, none or some of: {', '.join(cases)}",
+        help=f"all (but growth, unless --plot), none or some of: {', '.join(cases)}",
     )
     parser.add_argument(
         "--quick", action="store_true", help="a tiny load, to see that everything works"
@@ -309,12 +309,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--json", type=Path, metavar="FILE", help="also write every measurement to a file"
     )
     parser.add_argument(
+        "--plot", type=Path, metavar="DIR", help="draw curves of what grows, as SVG files"
+    )
+    parser.add_argument(
         "--profile",
         type=Path,
         metavar="DIR",
         help="sample saslquota with py-spy during the main rows",
     )
     options = parser.parse_args(argv)
+    if options.scale is None:
+        options.scale = [case for case in cases if case != "growth" or options.plot]
     if options.loads is None:
         options.loads = ["1", "16", "16 new"] if options.quick else loads
     options.rounds = options.rounds or (1 if options.quick else 3)
@@ -342,6 +347,9 @@ def main(argv: list[str] | None = None) -> int:
     raise_descriptor_limit()
     rounds, lines = measure_all(sources, options)
     report(rounds, lines, options)
+    if options.plot:
+        for path in plot.write([this.results for this in rounds], options.plot):
+            print(f"drawn: {path}")
     if options.json:
         content = [
             [

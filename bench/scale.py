@@ -283,6 +283,32 @@ def far(this: Round) -> None:
         this.record(table.by_daemons(table.FAR_SENDERS, daemons), table.ON_MARIADB_48, measure)
 
 
+def growth(this: Round) -> None:
+    """Rows, senders and daemons in several sizes, for the pictures of --plot."""
+    for what, (_, sizes) in table.GROWTH.items():
+        for size in sizes if this.turn % 2 == 0 else sizes[::-1]:
+            with this.bench.section():
+                grow(this, what, size)
+
+
+def grow(this: Round, what: str, size: int) -> None:
+    """Measure one size."""
+    row, label = table.growth(what, size)
+    name = f"{what}{size}"
+    load = this.load(warmup=this.seconds)
+    daemons = size if what == "daemons" else 1
+    if what == "rows":
+        fill_once(this, name, 1000, this.size(size) // 1000 or 1, 20 * DAY)
+    else:
+        this.create(name)
+    if what == "senders":
+        load = dataclasses.replace(load, senders=size)
+    if what == "daemons":
+        load = dataclasses.replace(load, connections=48)
+    started = [this.start(this.database, name) for _ in range(daemons)]
+    this.record(row, label, lambda program: run_load([d[program] for d in started], load))
+
+
 def mysql(this: Round) -> None:
     """MySQL beside MariaDB."""
     if not MySQL.SERVER.exists():
@@ -389,6 +415,7 @@ CASES: dict[str, Callable[[Round], None]] = {
     "three-daemons": three_daemons,
     "far": far,
     "mysql": mysql,
+    "growth": growth,
     "steady": steady,
     "pools": pools,
     "refusals": refusals,

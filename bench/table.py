@@ -176,6 +176,19 @@ POOLS = "a pool for the domain, one for all"
 START = "start to first reply, SQLite"
 
 
+# What is drawn, of a size that grows: its axis, and the sizes.
+GROWTH: dict[str, tuple[str, tuple[int, ...]]] = {
+    "rows": ("rows in the table", (1000, 50_000, 500_000, 5_000_000)),
+    "senders": ("senders", (10, 100, 1000, 10_000)),
+    "daemons": ("daemons on one database, 48 connections, 1,000 senders shared", (1, 2, 3)),
+}
+
+
+def growth(what: str, size: float) -> Key:
+    """The row of one size."""
+    return f"growth, {what}: {size:,.0f}", "48, MariaDB" if what == "daemons" else "16, MariaDB"
+
+
 def by_daemons(what: str, daemons: int) -> str:
     """The row of what is sent by way of one daemon or of three."""
     return f"{what}, {'one daemon' if daemons == 1 else 'three daemons'}"
