@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -241,9 +241,10 @@ def test_a_bug_that_comes_again_when_the_store_is_closed(committer: Committer) -
         def __getattr__(self, _name: str) -> object:
             raise ZeroDivisionError
 
-    store._connection = Broken()
-    assert submit(committer, one_of("a")) is None
-    assert ask(committer).used == 2
+    with closing(store._connection):
+        store._connection = Broken()
+        assert submit(committer, one_of("a")) is None
+        assert ask(committer).used == 2
 
 
 def test_a_bug_in_reconnecting_is_no_busy_loop(tmp_path: Path) -> None:
