@@ -3333,8 +3333,7 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         try:
             self._listen(config)
         except OSError as error:
-            reason = f"cannot listen on {where}: {error.strerror or error}"
-            raise ConfigError(f"{config.path}: {reason}; see _bind and _bindport") from None
+            raise cannot_listen(config, error) from None
 
     def _listen(self, config: Config) -> None:
         if self._path:
@@ -3434,6 +3433,11 @@ def address_of(config: Config) -> str:
     return f"{config.bind}:{config.bindport}"
 
 
+def cannot_listen(config: Config, error: OSError) -> ConfigError:
+    reason = f"cannot listen on {address_of(config)}: {error.strerror or error}"
+    return ConfigError(f"{config.path}: {reason}; see _bind and _bindport")
+
+
 def listening_address(config: Config) -> tuple[Any, ...]:
     """What getaddrinfo() says of _bind, first of all. Raises OSError."""
     return socket.getaddrinfo(config.bind, config.bindport, type=socket.SOCK_STREAM)[0]
@@ -3483,6 +3487,8 @@ def check_setup(config: Config, user: str = "") -> int:
     account = daemon_user(config, user)
     if account:
         print(f"checked with the rights of the user {account.pw_name}, see --user")
+    there = "read" if config.path.exists() else "not there, the environment has the settings"
+    print(f"{config.path}: {there}")
     status = 0
     with rights_of(account) if account else contextlib.nullcontext():
         for check in (check_files, check_rules, check_risks, check_address, check_store):
@@ -3532,9 +3538,8 @@ def rights_of(user: pwd.struct_passwd) -> Iterator[None]:
         os.setgroups(groups)
 
 
-def check_files(config: Config) -> Iterator[str]:
-    there = "read" if config.path.exists() else "not there, the environment has the settings"
-    yield f"{config.path}: {there}"
+def check_files(config: Config) -> Iterable[str]:
+    """Nothing to say if the daemon can read all that it needs; else raises ConfigError."""
     python = Path(os.__file__)
     files = [python, Path(__file__).resolve(), config.path, config.beside(config.quotafile)]
     if config.store == "mysql" and config.mysslca:
@@ -3545,15 +3550,15 @@ def check_files(config: Config) -> Iterator[str]:
                 path.open("rb").close()
             except PermissionError:
                 raise ConfigError(unreadable(path)) from None
+    return ()
 
 
 def unreadable(path: Path) -> str:
-    user = pwd.getpwuid(os.geteuid())
     closed = [p for p in path.parents if not os.access(p, os.X_OK, effective_ids=True)]
-    remedy = f"chgrp {user.pw_gid} {path}; chmod g+r {path}"
+    remedy = f"chgrp {os.getegid()} {path}; chmod g+r {path}"
     if closed:
         remedy = f"chmod a+x {closed[-1]}"
-    return f"the user {user.pw_name} cannot read {path}: run {remedy}"
+    return f"the user {user_name(os.geteuid())} cannot read {path}: run {remedy}"
 
 
 def check_rules(config: Config) -> Iterator[str]:
@@ -3642,8 +3647,7 @@ def check_address(config: Config) -> Iterator[str]:
             trial.bind(address)
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
-            reason = f"cannot listen on {where}: {error.strerror or error}"
-            raise ConfigError(f"{config.path}: {reason}; see _bind and _bindport") from None
+            raise cannot_listen(config, error) from None
         yield in_use
     else:
         yield f"{where}: can be listened on"

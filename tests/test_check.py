@@ -407,6 +407,19 @@ def test_root_checks_as_the_owner(owned: Path) -> None:
     assert lines[-1] == f"{owned}/saslquota.db: cannot be made, its directory is not writable"
 
 
+def test_root_checks_settings_that_the_owner_cannot_reach(owned: Path) -> None:
+    """They lie in a directory of root's, and the database in the daemon's."""
+    data = owned.parent
+    shutil.chown(data, "nobody")
+    write_config(owned, _sqlitefile=str(data / "saslquota.db"))
+    shutil.chown(owned, "root")
+    owned.chmod(0o700)
+    status, lines = check_by_system_python(owned)
+    assert status == 1
+    assert lines[1] == f"{owned}/saslquota.json: read"
+    assert re.match(f"the user nobody cannot read .*: run chmod a\\+x {owned}$", lines[-1])
+
+
 def test_check_as_nobody_there(shipped: Path) -> None:
     require(root=True)
     status, lines = check(shipped, "--user", "no-such-user")
