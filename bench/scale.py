@@ -14,7 +14,7 @@ import socket
 import sqlite3
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import table
@@ -259,10 +259,18 @@ def three_daemons(this: Round) -> None:
             each = senders // daemons if own else senders
             load = this.load(connections=48, senders=each, own_senders=own)
             name = f"daemons{daemons}case{case}"
-            this.create(name)
-            started = [this.start(this.database, name, pools=pools) for _ in range(daemons)]
-            measure = functools.partial(run_side_by_side, this, name, started, load)
-            this.record(table.by_daemons(what, daemons), table.ON_MARIADB_48, measure)
+            share(this, this.database, name, what, daemons, load, pools)
+
+
+def share(
+    this: Round, database: MariaDB, name: str, what: str, daemons: int, load: Load,
+    pools: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Measure daemons on one ledger."""
+    this.create(name)
+    started = [this.start(database, name, pools=pools) for _ in range(daemons)]
+    measure = functools.partial(run_side_by_side, this, name, started, load)
+    this.record(table.by_daemons(what, daemons), table.ON_MARIADB_48, measure)
 
 
 def far(this: Round) -> None:
@@ -276,11 +284,7 @@ def far(this: Round) -> None:
     measure_pair(this, (table.NEAR, loaded(near, load)), (table.FAR, loaded(distant, load)))
     load = this.load(connections=48)
     for daemons in (1, 3) if this.turn % 2 == 0 else (3, 1):
-        name = f"far{daemons}"
-        this.create(name)
-        started = [this.start(there, name) for _ in range(daemons)]
-        measure = functools.partial(run_side_by_side, this, name, started, load)
-        this.record(table.by_daemons(table.FAR_SENDERS, daemons), table.ON_MARIADB_48, measure)
+        share(this, there, f"far{daemons}", table.FAR_SENDERS, daemons, load)
 
 
 def growth(this: Round) -> None:

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar
 
 from servers.clock import faked_clock, libfaketime, set_clock
-from servers.mariadb import Database, MariaDB
+from servers.cluster import Cluster
+from servers.mariadb import MariaDB
 from servers.ports import LOOPBACK, free_port
 from servers.process import wait_for
 
@@ -78,28 +79,18 @@ class GaleraNode(MariaDB):
         return self.status("wsrep_local_state_comment") == "Synced"
 
 
-class Galera:
-    """Three nodes, all of them in sync on entry, and gone on exit."""
+class Galera(Cluster[GaleraNode]):
+    """Three nodes, in sync."""
 
     def __init__(self, new_directory: Callable[[], Path]) -> None:
-        self.nodes = [GaleraNode(new_directory(), number) for number in (1, 2, 3)]
+        super().__init__([GaleraNode(new_directory(), number) for number in (1, 2, 3)])
         for node in self.nodes:
             node.members = self.nodes
-        self._stack = ExitStack()
 
-    def __enter__(self) -> Self:
-        with ExitStack() as stack:
-            for node in self.nodes:
-                stack.enter_context(node)
-            self.wait_for_size(3)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        for node in self.nodes:  # they need not agree on each one's end
-            if node.running:
-                node.kill()
-        self._stack.close()
+    def _start(self, stack: ExitStack) -> None:
+        for node in self.nodes:
+            stack.enter_context(node)
+        self.wait_for_size(3)
 
     def wait_for_size(self, size: int, timeout: float = 30) -> None:
         """Wait until the running, thawed nodes agree that they are so many."""
@@ -112,12 +103,3 @@ class Galera:
             timeout,
             f"a cluster of {size}",
         )
-
-    def create_database(self) -> Database:
-        """A database on all nodes, of user saslquota."""
-        return self.nodes[0].create_database()
-
-    def hosts(self, first: int) -> list[str]:
-        """What a daemon beside that node lists as _myhost: each has an order of its own."""
-        ports = [node.port for node in self.nodes]
-        return [f"{LOOPBACK}:{port}" for port in ports[first:] + ports[:first]]

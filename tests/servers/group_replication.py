@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Self
 
+from servers.cluster import Cluster
 from servers.mariadb import Database
 from servers.mysql import MySQL
 from servers.ports import LOOPBACK, free_port
@@ -60,39 +60,23 @@ class GroupNode(MySQL):
         )
 
 
-class Group:
-    """Three nodes, all of them online on entry, and gone on exit."""
+class Group(Cluster[GroupNode]):
+    """Three nodes, all of which take writes."""
 
     def __init__(self, new_directory: Callable[[], Path]) -> None:
-        self.nodes = [GroupNode(new_directory(), number) for number in (1, 2, 3)]
+        super().__init__([GroupNode(new_directory(), number) for number in (1, 2, 3)])
         for node in self.nodes:
             node.members = self.nodes
-        self._stack = ExitStack()
 
-    def __enter__(self) -> Self:
-        with ExitStack() as stack:
-            for node in self.nodes:
-                stack.enter_context(node)
-                node.join(first=node is self.nodes[0])
-                wait_for(lambda n=node: n.online() == str(n.number), 60, "it has joined")  # type: ignore[misc]
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *_error: object) -> None:
+    def _start(self, stack: ExitStack) -> None:
         for node in self.nodes:
-            if node.running:
-                node.kill()
-        self._stack.close()
+            stack.enter_context(node)
+            node.join(first=node is self.nodes[0])
+            wait_for(lambda n=node: n.online() == str(n.number), 60, "it has joined")  # type: ignore[misc]
 
     def create_database(self) -> Database:
-        """A database on all nodes, of user saslquota."""
-        database = self.nodes[0].create_database()
+        database = super().create_database()
         look = f"SHOW TABLES FROM {database.name}"
         for node in self.nodes[1:]:
             wait_for(lambda n=node: "sends" in n._client(look).stdout, 20, "the table is there")  # type: ignore[misc]
         return database
-
-    def hosts(self, first: int) -> list[str]:
-        """What a daemon beside that node lists as _myhost."""
-        ports = [node.port for node in self.nodes]
-        return [f"{LOOPBACK}:{port}" for port in ports[first:] + ports[:first]]
