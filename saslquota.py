@@ -115,6 +115,7 @@ import queue
 import random
 import re
 import resource
+import shlex
 import signal
 import socket
 import socketserver
@@ -646,6 +647,7 @@ class Config:
     maxconnections: int = setting(2000, read_int(1, 100_000))
     allow: tuple[Network, ...] = setting((), read_networks)  # who may connect; () is everybody
     retentiondays: int = setting(30, read_int(1, 3650))
+    storeaddress: bool = setting(True, read_switch)  # whether a send keeps its client_address
 
     def beside(self, name: str) -> Path:
         """A path that a setting holds: relative to the configuration file."""
@@ -1194,6 +1196,8 @@ class Entry(NamedTuple):
     total: int
     instance: str
     token: int
+    client_address: bytes = b""  # 4 or 16 bytes in network order; b"": not known, or several
+    sender: str = ""  # of the envelope; "" when it is the login, or several
 
 
 class StoredEntry(NamedTuple):
@@ -1208,6 +1212,7 @@ class StoredEntry(NamedTuple):
 
 
 COLUMNS = ", ".join(Entry._fields)
+Value = int | str | bytes  # in a statement
 PurgeMark = tuple[int, str, int]  # at, account, seq: how far a purge has come
 PURGE_START: PurgeMark = (0, "", 0)
 
@@ -1260,10 +1265,10 @@ class Store:
 
     def newest_at(self) -> int:
         """The latest time of all entries, in microseconds since 1970, UTC; 0 if there are none."""
-        rows = self._run(f"SELECT {self.SELECT_AT} FROM sends ORDER BY at DESC LIMIT 1")
+        rows = self.run(f"SELECT {self.SELECT_AT} FROM sends ORDER BY at DESC LIMIT 1")
         return int(rows[0][0]) if rows else 0
 
-    def _run(self, sql: str, values: Sequence[int | str] = ()) -> list[Any]:
+    def run(self, sql: str, values: Sequence[Value] = ()) -> list[Any]:
         """Run a statement with a value for each `?`; return its rows."""
         began = time.monotonic()
         try:
@@ -1271,15 +1276,15 @@ class Store:
         finally:
             self.statement_took = time.monotonic() - began
 
-    def _execute(self, sql: str, values: Sequence[int | str]) -> list[Any]:
-        """As _run()."""
+    def _execute(self, sql: str, values: Sequence[Value]) -> list[Any]:
+        """As run()."""
         raise NotImplementedError
 
-    def _run_each(self, sql: str, many: Sequence[Sequence[int | str]]) -> list[Any]:
+    def _run_each(self, sql: str, many: Sequence[Sequence[Value]]) -> list[Any]:
         """The rows that a SELECT gives for each of several lists of values, all together."""
-        return [row for values in many for row in self._run(sql, values)]
+        return [row for values in many for row in self.run(sql, values)]
 
-    def _select(self, which: str, many: Sequence[Sequence[int | str]]) -> list[StoredEntry]:
+    def _select(self, which: str, many: Sequence[Sequence[Value]]) -> list[StoredEntry]:
         """Entries of several accounts, in no order."""
         columns = f"account, seq, epoch, {self.SELECT_AT}, total - recipients, total"
         rows = self._run_each(f"SELECT {columns} FROM sends WHERE {which}", many)
@@ -1289,7 +1294,7 @@ class Store:
         """Of each account a number of its newest entries. With `take_locks` nobody else can append
         to these accounts until append() or rollback()."""
         if take_locks:
-            self._run(self.BEGIN_LOCKING)
+            self.run(self.BEGIN_LOCKING)
             self._in_locking_transaction = True
         lock = self.FOR_UPDATE if take_locks else ""
         return self._select(f"account = ? ORDER BY seq DESC LIMIT ?{lock}", list(wanted.items()))
@@ -1297,7 +1302,7 @@ class Store:
     def entries_at(self, wanted: Sequence[tuple[str, Sequence[int]]]) -> list[StoredEntry]:
         """The entries of each account at SEARCH_FANOUT numbers, as far as they are still there."""
         numbers = ", ".join("?" * SEARCH_FANOUT)
-        many: list[list[int | str]] = [[account, *seqs] for account, seqs in wanted]
+        many: list[list[Value]] = [[account, *seqs] for account, seqs in wanted]
         return self._select(f"account = ? AND seq IN ({numbers})", many)
 
     def entries_after(self, wanted: Sequence[tuple[str, int]]) -> list[StoredEntry]:
@@ -1309,13 +1314,13 @@ class Store:
     def append(self, entries: Sequence[Entry]) -> None:
         """Write all the entries or none; they are durable when this returns."""
         if entries:
-            row = f"(?, ?, ?, {self.BIND_TIME}, ?, ?, ?, ?)"
+            row = f"(?, ?, ?, {self.BIND_TIME}, ?, ?, ?, ?, ?, ?)"
             rows = ", ".join([row] * len(entries))
             values = [value for entry in entries for value in entry]
-            self._run(f"INSERT INTO sends ({COLUMNS}) VALUES {rows}", values)
+            self.run(f"INSERT INTO sends ({COLUMNS}) VALUES {rows}", values)
             self.insert_took = self.statement_took
         if self._in_locking_transaction:
-            self._run("COMMIT")
+            self.run("COMMIT")
             self._in_locking_transaction = False
 
     def rollback(self) -> None:
@@ -1324,15 +1329,15 @@ class Store:
         if self._in_locking_transaction:
             self._in_locking_transaction = False
             with contextlib.suppress(StoreError):
-                self._run("ROLLBACK")
+                self.run("ROLLBACK")
 
     def probe(self) -> None:
         """Commit a write that leaves nothing behind."""
         seq = -random.getrandbits(62)  # in no chain, and not another daemon's
-        self._run(self.BEGIN_LOCKING)
+        self.run(self.BEGIN_LOCKING)
         self.append([Entry("", seq, 0, self.now(), 0, 0, "", 0)])
-        self._run("DELETE FROM sends WHERE account = '' AND seq = ?", [seq])
-        self._run("COMMIT")
+        self.run("DELETE FROM sends WHERE account = '' AND seq = ?", [seq])
+        self.run("COMMIT")
 
     def wait_for_locks(self, wait: bool) -> None:
         """Whether a statement waits LOCK_WAIT for another session's locks, as it does at first, or
@@ -1353,7 +1358,7 @@ class Store:
         not their account's newest. Returns how far it came, PURGE_START when it is through."""
         at, account, seq = after
         newer = "SELECT 1 FROM sends AS n WHERE n.account = s.account AND n.seq > s.seq"
-        found = self._run(
+        found = self.run(
             f"SELECT {self.SELECT_AT}, account, seq, EXISTS ({newer}) FROM sends AS s"
             f" WHERE at < {self.BIND_TIME} AND at >= {self.BIND_TIME} AND (at > {self.BIND_TIME}"
             " OR account > ? OR (account = ? AND seq > ?))"
@@ -1363,7 +1368,7 @@ class Store:
         old = [(account, seq) for _, account, seq, has_newer in found if has_newer]
         if old:
             keys = " OR ".join(["(account = ? AND seq = ?)"] * len(old))
-            self._run(f"DELETE FROM sends WHERE {keys}", [value for key in old for value in key])
+            self.run(f"DELETE FROM sends WHERE {keys}", [value for key in old for value in key])
         return tuple(found[-1][:3]) if len(found) == PURGE_ROWS else PURGE_START
 
 
@@ -1377,8 +1382,18 @@ class SQLiteStore(Store):
         "CREATE TABLE IF NOT EXISTS sends (account TEXT NOT NULL, seq INTEGER NOT NULL,"
         " epoch INTEGER NOT NULL, at INTEGER NOT NULL, recipients INTEGER NOT NULL,"
         " total INTEGER NOT NULL, instance TEXT NOT NULL, token INTEGER NOT NULL,"
+        " client_address BLOB NOT NULL DEFAULT '', sender TEXT NOT NULL DEFAULT '',"
         " PRIMARY KEY (account, seq)) WITHOUT ROWID",
         "CREATE INDEX IF NOT EXISTS sends_at ON sends (at)",
+        "CREATE TABLE IF NOT EXISTS events (account TEXT NOT NULL, number INTEGER NOT NULL,"
+        " at INTEGER NOT NULL, kind TEXT NOT NULL, until INTEGER, amount INTEGER, epoch INTEGER,"
+        " author TEXT NOT NULL, note TEXT NOT NULL, last INTEGER, claimed INTEGER, told INTEGER,"
+        " PRIMARY KEY (account, number)) WITHOUT ROWID",
+        "CREATE INDEX IF NOT EXISTS events_kind ON events (kind, at)",
+    )
+    ADDED = (  # to the table since 2.0
+        ("client_address", "BLOB NOT NULL DEFAULT ''"),
+        ("sender", "TEXT NOT NULL DEFAULT ''"),
     )
 
     def __init__(self, path: Path, statement_timeout: float) -> None:
@@ -1399,18 +1414,28 @@ class SQLiteStore(Store):
                 isolation_level=None,
                 check_same_thread=False,
             )
-            self._run("PRAGMA journal_mode = WAL")
-            self._run("PRAGMA synchronous = FULL")
-            self._run(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
-            self._run(f"PRAGMA journal_size_limit = {WAL_PAGES * 4096}")  # after a long reader
-            for statement in self.SCHEMA:
-                self._run(statement)
-            self._run("PRAGMA user_version = 1")  # a full disk takes no more
+            self.run("PRAGMA journal_mode = WAL")
+            self.run("PRAGMA synchronous = FULL")
+            self.run(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
+            self.run(f"PRAGMA journal_size_limit = {WAL_PAGES * 4096}")  # after a long reader
+            self._make_tables()
+            self.run("PRAGMA user_version = 1")  # a full disk takes no more
             self._inode = self._path.stat().st_ino
             self._log_connected(str(self))
         except (sqlite3.Error, StoreError, OSError) as error:
             self.close()
             raise Unavailable(f"{self._path}: {error}{self._remedy()}") from None
+
+    def _make_tables(self) -> None:
+        """Make what is missing of them. Another daemon may be at it, too."""
+        for statement in self.SCHEMA:
+            self.run(statement)
+        self.run(self.BEGIN_LOCKING)
+        there = {name for (name,) in self.run("SELECT name FROM pragma_table_info('sends')")}
+        for column, kind in self.ADDED:
+            if column not in there:
+                self.run(f"ALTER TABLE sends ADD COLUMN {column} {kind}")
+        self.run("COMMIT")
 
     def _remedy(self) -> str:
         """What to do about files that the daemon may not write, if there are any. For root it is
@@ -1443,7 +1468,7 @@ class SQLiteStore(Store):
             raise Unavailable(f"{self._path}: {reason}")
         return time.time_ns() // 1000
 
-    def _execute(self, sql: str, values: Sequence[int | str]) -> list[Any]:
+    def _execute(self, sql: str, values: Sequence[Value]) -> list[Any]:
         if not self._connection:
             raise Unavailable("not connected")
         try:
@@ -1469,7 +1494,7 @@ class SQLiteStore(Store):
         uri = f"{self._path.absolute().as_uri()}?{mode}"
         try:
             self._connection = sqlite3.connect(uri, uri=True, timeout=self.statement_timeout)
-            self._run(f"SELECT {COLUMNS} FROM sends LIMIT 0")
+            self.run(f"SELECT {COLUMNS} FROM sends LIMIT 0")
         except (sqlite3.Error, StoreError) as error:
             raise Unavailable(f"{self._path}: {error}{self._remedy()}") from None
         finally:
@@ -1553,6 +1578,13 @@ def connect(config: Config, host: str, timeout: float) -> Any:
     )
 
 
+# Makes the table of 2.0 that of mysql.sql; old daemons on it go on counting.
+ADD_COLUMNS = (
+    "ALTER TABLE sends ADD COLUMN client_address VARBINARY(16) NOT NULL DEFAULT '',"
+    " ADD COLUMN sender VARCHAR(320) NOT NULL DEFAULT ''"
+)
+
+
 def with_remedy(error: Exception, config: Config) -> str:
     """An error of MySQL's with its remedy, where there is one."""
     grant = f"grant all on {config.mydb}.* to the user of the error message"
@@ -1563,8 +1595,7 @@ def with_remedy(error: Exception, config: Config) -> str:
         1045: f"check _myuser and _mypasswd in {config.path}, and {grant}"
         + (f"; if caching_sha2_password lacks TLS, {no_tls}" if is_pure else ""),
         1049: f"create database {config.mydb}",
-        1054: f"the table sends is not that of mysql.sql; run mysql {config.mydb} < mysql.sql"
-        " after renaming it",
+        1054: f"run mysql {config.mydb} -e {shlex.quote(ADD_COLUMNS)}",
         1142: grant,
         1146: f"run mysql {config.mydb} < mysql.sql",
         2002: "is the server running? check _myhost",
@@ -1595,11 +1626,16 @@ def store_error(error: Exception) -> StoreError:
     return Unavailable(str(error))
 
 
-def with_literals(sql: str, values: Sequence[int | str]) -> str:
+def with_literals(sql: str, values: Sequence[Value]) -> str:
     """The statement with its values as literals. Texts go as hexadecimal: there is nothing to
     escape, whatever the server's sql_mode."""
     literals = [
-        f"_utf8mb4 x'{value.encode().hex()}'" if type(value) is str else value for value in values
+        f"_utf8mb4 x'{value.encode().hex()}'"
+        if type(value) is str
+        else f"x'{value.hex()}'"
+        if type(value) is bytes
+        else value
+        for value in values
     ]
     return sql.replace("?", "%s") % tuple(literals)
 
@@ -1657,20 +1693,20 @@ class MySQLStore(Store):
         """Make the session what the daemon needs, and sure that it takes sends."""
         self._cursor = self._connection.cursor()  # one for all: making one pings the server
         for lock in ("innodb_lock_wait_timeout", "lock_wait_timeout"):
-            self._run(f"SET SESSION {lock} = {LOCK_WAIT}")
-        self._run("SET SESSION sql_mode = 'STRICT_ALL_TABLES'")
-        self._run("SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-        self._is_galera = bool(self._run("SHOW VARIABLES LIKE 'wsrep_sync_wait'"))
-        ((self._version,),) = self._run("SELECT VERSION()")
+            self.run(f"SET SESSION {lock} = {LOCK_WAIT}")
+        self.run("SET SESSION sql_mode = 'STRICT_ALL_TABLES'")
+        self.run("SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        self._is_galera = bool(self.run("SHOW VARIABLES LIKE 'wsrep_sync_wait'"))
+        ((self._version,),) = self.run("SELECT VERSION()")
         self._is_mariadb = "MariaDB" in self._version
         self._waits_for_locks = True
-        self._run(self.TRY_INSERT)
+        self.run(self.TRY_INSERT)
 
     def now(self) -> int:
-        (row,) = self._run("SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(6))")
+        (row,) = self.run("SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(6))")
         return int(row[0])
 
-    def _execute(self, sql: str, values: Sequence[int | str]) -> list[Any]:
+    def _execute(self, sql: str, values: Sequence[Value]) -> list[Any]:
         if not self._connection:
             raise Unavailable("not connected")
         began = time.monotonic()
@@ -1688,32 +1724,32 @@ class MySQLStore(Store):
                 self._host_failed = not is_gone or time.monotonic() - began > 1
             raise found from error
 
-    def _run_each(self, sql: str, many: Sequence[Sequence[int | str]]) -> list[Any]:
+    def _run_each(self, sql: str, many: Sequence[Sequence[Value]]) -> list[Any]:
         """In one statement: a round trip may be long."""
         if not many:
             return []
         selects = [f"({with_literals(sql, values)})" for values in many]
-        return self._run(" UNION ALL ".join(selects))
+        return self.run(" UNION ALL ".join(selects))
 
     def newest_entries(self, wanted: Mapping[str, int], *, take_locks: bool) -> list[StoredEntry]:
         if take_locks:  # should this machine vanish now, the server must not keep them for hours
-            self._run(f"SET SESSION wait_timeout = {self.statement_timeout + 1}")
+            self.run(f"SET SESSION wait_timeout = {self.statement_timeout + 1}")
         return super().newest_entries(wanted, take_locks=take_locks)
 
     def append(self, entries: Sequence[Entry]) -> None:
         had_locks = self._in_locking_transaction
         super().append(entries)
         if had_locks:
-            self._run("SET SESSION wait_timeout = DEFAULT")
+            self.run("SET SESSION wait_timeout = DEFAULT")
 
     def wait_for_locks(self, wait: bool) -> None:
         self._waits_for_locks = wait
         if self._is_mariadb:
-            self._run(f"SET SESSION innodb_lock_wait_timeout = {LOCK_WAIT if wait else 0}")
+            self.run(f"SET SESSION innodb_lock_wait_timeout = {LOCK_WAIT if wait else 0}")
 
     def locked(self, entries: Sequence[Entry]) -> list[Entry]:
         try:
-            self._run(self.TRY_INSERT)
+            self.run(self.TRY_INSERT)
         except LockTimeout as error:
             raise Unavailable(f"the table is locked by another session: {error}") from None
         waits = self._waits_for_locks
@@ -1726,7 +1762,7 @@ class MySQLStore(Store):
 
     def _locked_among(self, entries: Sequence[Entry]) -> list[Entry]:
         """Find by bisection what cannot be appended, though nothing has its key."""
-        self._run("BEGIN")
+        self.run("BEGIN")
         try:
             with self._interrupted_soon():
                 self.append(entries)
@@ -1735,7 +1771,7 @@ class MySQLStore(Store):
             if len(entries) == 1:
                 return list(entries) if isinstance(error, LockTimeout) else []
         finally:
-            self._run("ROLLBACK")
+            self.run("ROLLBACK")
         half = len(entries) // 2
         return self._locked_among(entries[:half]) + self._locked_among(entries[half:])
 
@@ -1762,10 +1798,10 @@ class MySQLStore(Store):
 
     def tokens(self, entries: Sequence[Entry]) -> set[int]:
         if self._is_galera:  # another node's commit may still be on its way
-            self._run("SET SESSION wsrep_sync_wait = 1")
+            self.run("SET SESSION wsrep_sync_wait = 1")
         found = super().tokens(entries)
         if self._is_galera:
-            self._run("SET SESSION wsrep_sync_wait = 0")
+            self.run("SET SESSION wsrep_sync_wait = 0")
         return found
 
     def check(self) -> str:
@@ -1785,6 +1821,14 @@ CLOCK_PROBATION = 3600.0  # seconds without a step after which a purge believes 
 SKEW_INTERVAL = 3600.0  # seconds between two log lines about entries dated ahead
 RETRY_SEARCH_INTERVAL = 0.1  # seconds between two searches for when a charge fits
 LEAST_ROWS = 4  # remembered of each window, however many windows an account has
+
+
+class Origin(NamedTuple):
+    """Where a send came from, as Entry holds it."""
+
+    instance: str
+    client_address: bytes = b""
+    sender: str = ""
 
 
 class Debit(NamedTuple):
@@ -1989,16 +2033,15 @@ class CachedAccount:
         base = window.base(self.time(now) - period * 1_000_000, self.total)
         return None if base is None else self.total - base
 
-    def append(self, recipients: int, instance: str, now: Now, token: int) -> Entry:
+    def append(self, recipients: int, origin: Origin, now: Now, token: int) -> Entry:
         self.at = self.ahead_until = self.time(now)
         if self.at > now.clock:
             self._stay_ahead()
         for window in self.windows.values():
             window.append(self.at, self.total)
         self.seq, self.total = self.seq + 1, self.total + recipients
-        return Entry(
-            self.name, self.seq, self.epoch, self.at, recipients, self.total, instance, token
-        )
+        counted = self.name, self.seq, self.epoch, self.at, recipients, self.total
+        return Entry(*counted, origin.instance, token, origin.client_address, origin.sender)
 
     def take_back(self, entry: Entry) -> None:
         """Undo an append(), but for the time: the head tells."""
@@ -2244,7 +2287,7 @@ class Charge(NamedTuple):
     """A send: a debit of the sender's own account, then those of the pools. All are charged, or
     none."""
 
-    instance: str
+    origin: Origin
     debits: tuple[Debit, ...]
 
     @property
@@ -2317,7 +2360,7 @@ class Decision:
         self._monotonic = monotonic
         self._token = random.getrandbits(63)
         self.appended: list[Entry] = []
-        self._pools: dict[str, tuple[int, str]] = {}  # recipients, and the first instance
+        self._pools: dict[str, tuple[int, Origin]] = {}  # recipients, and the first instance
 
     def judge(self, charge: Charge) -> Verdict:
         usages, over = [], []
@@ -2345,20 +2388,20 @@ class Decision:
     def accept(self, charge: Charge) -> None:
         for name, recipients, _ in charge.debits:
             if name.startswith(POOL_PREFIX):
-                so_far, first = self._pools.get(name, (0, charge.instance))
+                so_far, first = self._pools.get(name, (0, Origin(charge.origin.instance)))
                 self._pools[name] = so_far + recipients, first
             else:
-                self._append(name, recipients, charge.instance)
+                self._append(name, recipients, charge.origin)
 
-    def _append(self, name: str, recipients: int, instance: str) -> None:
+    def _append(self, name: str, recipients: int, origin: Origin) -> None:
         account = self._accounts[name]
-        self.appended.append(account.append(recipients, instance, self._now, self._token))
+        self.appended.append(account.append(recipients, origin, self._now, self._token))
 
     def entries(self) -> list[Entry]:
         """What makes the verdicts true, in the order in which accounts are locked: lock_order()."""
         senders = sorted(self.appended)
-        for name, (recipients, instance) in sorted(self._pools.items()):
-            self._append(name, recipients, instance)
+        for name, (recipients, origin) in sorted(self._pools.items()):
+            self._append(name, recipients, origin)
         return senders + self.appended[len(senders) :]
 
     def _last_to_free(self, over: Sequence[Usage]) -> tuple[Usage, float | None]:
@@ -2967,6 +3010,7 @@ class Policy:
         self._rules = rules
         self._accept = config.okaction
         self._defaultdomain, self._ignoredomain = config.defaultdomain, config.ignoredomain
+        self._stores_address = config.storeaddress
         self._domain_part = config.defaultdomain and "@" + config.defaultdomain
         self._nosasl = "REJECT authentication required" if config.nosasl == "REJECT" else "DUNNO"
         passes = config.onfailure == "OK"
@@ -2996,7 +3040,16 @@ class Policy:
             for rule in rules
             if not (rule.per_message and message.is_charged)
         ]
-        return Charge(instance, tuple(debits))
+        return Charge(self._origin(request, instance, login), tuple(debits))
+
+    def _origin(self, request: Request, instance: str, login: str) -> Origin:
+        sender = request.sender
+        if sender in (request.sasl_username, login):
+            sender = ""
+        elif sender:
+            sender = valid_utf8(sender)[:MAX_ACCOUNT]
+        address = packed_address(request.client_address) if self._stores_address else b""
+        return Origin(instance, address, sender)
 
     def _account(self, login: str) -> str:
         """The account of a login. It is longer than MAX_ACCOUNT if the login is too long."""
@@ -3025,6 +3078,14 @@ class Policy:
         msg = refusal_text(message.login, verdict, recipients_of(request))
         action = self._accept if verdict.accepted else f"{verdict.window.action} {msg}"
         return Answer(action, rule, verdict, msg=msg)
+
+
+def packed_address(text: str) -> bytes:
+    """An IP address in network order; b"" if the text is none."""
+    try:
+        return socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
+    except (OSError, ValueError):
+        return b""
 
 
 def recipients_of(request: Request) -> int:
@@ -3768,22 +3829,26 @@ def wait_for_stop(
         rules.read_now()
 
 
+def find_config(path: Path | None) -> Config:
+    """The settings of a file, or of the default one, see the manual page above. Raises
+    ConfigError."""
+    beside = Path(__file__).resolve().with_name("saslquota.json")
+    default = SYSTEM_CONFIG if SYSTEM_CONFIG.exists() and not beside.exists() else beside
+    return load_config(path or default, os.environ, optional=path is None)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     parser = argparse.ArgumentParser(
         prog="saslquota.py", description="Postfix policy daemon: sending quotas for SASL senders"
     )
-    beside = Path(__file__).resolve().with_name("saslquota.json")
-    default = SYSTEM_CONFIG if SYSTEM_CONFIG.exists() and not beside.exists() else beside
     parser.add_argument("-c", metavar="FILE", dest="config", type=Path)
     parser.add_argument("--check", action="store_true", help="look at everything, change nothing")
     parser.add_argument("--user", default="", help="with --check by root: whom the daemon runs as")
     parser.add_argument("--version", action="version", version=f"saslquota {__version__}")
     arguments = parser.parse_args(argv)
     try:
-        is_default = arguments.config is None
-        path = default if is_default else arguments.config
-        config = load_config(path, os.environ, optional=is_default)
+        config = find_config(arguments.config)
         if not arguments.check:
             return run_daemon(config)
         status = check_setup(config, arguments.user)

@@ -48,8 +48,8 @@ class ClockedStore(SQLiteStore):
         self.mishap = ""
         self.frozen: list[Sequence[Entry]] = []
 
-    def _run(self, sql: str, values: Sequence[int | str] = ()) -> list[object]:
-        return super()._run(sql.replace("synchronous = FULL", "synchronous = OFF"), values)
+    def run(self, sql: str, values: Sequence[saslquota.Value] = ()) -> list[object]:
+        return super().run(sql.replace("synchronous = FULL", "synchronous = OFF"), values)
 
     def now(self) -> int:
         super().now()
@@ -72,7 +72,7 @@ class ClockedStore(SQLiteStore):
                 super().append(self.frozen.pop())
 
     def reset(self, account: str) -> None:
-        self._run(RESET, (self.now(), account))
+        self.run(RESET, (self.now(), account))
 
 
 class Fleet:
@@ -97,7 +97,7 @@ class Fleet:
 
     def rows(self) -> list[Entry]:
         columns = saslquota.COLUMNS
-        found = self.stores[0]._run(f"SELECT {columns} FROM sends ORDER BY account, seq")
+        found = self.stores[0].run(f"SELECT {columns} FROM sends ORDER BY account, seq")
         return [Entry(*row) for row in found]  # type: ignore[misc]
 
     def close(self) -> None:

@@ -23,6 +23,7 @@ from saslquota import (
     Entry,
     Ledger,
     MySQLStore,
+    Origin,
     SQLiteStore,
     Unavailable,
     Verdict,
@@ -85,7 +86,7 @@ def test_a_larger_charge_is_decided_by_itself(committer: Committer) -> None:
 def test_a_refusal_by_a_pool_is_none_without_it(committer: Committer) -> None:
     full = Debit("POOL *", 1, (Window(3600, 0),))
     own = Debit("a", 1, HOUR)
-    refused = submit(committer, Charge("", (own, full)))
+    refused = submit(committer, Charge(Origin(""), (own, full)))
     assert refused
     assert not refused.accepted
     assert ask(committer).accepted
@@ -110,7 +111,7 @@ def test_another_daemons_reset_ends_the_refusals(tmp_path: Path) -> None:
         assert [ask(committer).accepted for _ in range(3)] == [True, True, False]
         store = SQLiteStore(path, 1)
         store.open()
-        store._run(RESET, (0, "a"))
+        store.run(RESET, (0, "a"))
         store.close()
         wait_for(lambda: ask(committer).accepted, 5, "the reset is noticed")
 
@@ -373,7 +374,7 @@ def test_what_a_charge_needs_of_a_locked_account_falls_back_at_once(
     for name, reply in replies.items():
         if name == "pooled":
             debits = (Debit("x", 1, HOUR), Debit("locked", 1, HOUR))
-            committer.submit(Charge("", debits), reply)
+            committer.submit(Charge(Origin(""), debits), reply)
         else:
             committer.submit(one_of(name), reply)
         assert stuck.entered.wait(5)
@@ -413,7 +414,7 @@ def test_a_purge_that_meets_a_lock_holds_nobody_up_again(
 ) -> None:
     monkeypatch.setattr("saslquota.CLOCK_PROBATION", 0)
     for key in ("'a', 1", "'a', 2", "'b', 1"):  # of b so that no lock on a gap is in its way
-        database.sql(f"INSERT INTO sends VALUES ({key}, 1, '2000-01-01', 1, 1, '', 1)")
+        database.sql(f"INSERT INTO sends VALUES ({key}, 1, '2000-01-01', 1, 1, '', 1, '', '')")
     ledger = Ledger(MySQLStore(mysql_config(database)), 30 * DAY)
     committer = new_committer(ledger, 10)
     with session(database.server, database.name) as admin:

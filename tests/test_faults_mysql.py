@@ -130,7 +130,7 @@ def test_a_global_read_lock(server: MariaDB, database: Database, counting: Daemo
 
 LOCKS = {
     "read": "SELECT COUNT(*) FROM sends WHERE account = '{}' FOR UPDATE",
-    "appended": "INSERT INTO sends VALUES ('{}', 1000000, 1, '2030-01-01', 0, 0, '', 1)",
+    "appended": "INSERT INTO sends VALUES ('{}', 1000000, 1, '2030-01-01', 0, 0, '', 1, '', '')",
     "beyond": "SELECT COUNT(*) FROM sends WHERE account = '{}' AND seq > 1000000 FOR UPDATE",
 }
 

@@ -16,7 +16,17 @@ from hypothesis import strategies as st
 from servers.audit import SECOND
 
 import saslquota
-from saslquota import Charge, Conflict, Debit, Entry, StoreError, TimedOut, Unavailable, Window
+from saslquota import (
+    Charge,
+    Conflict,
+    Debit,
+    Entry,
+    Origin,
+    StoreError,
+    TimedOut,
+    Unavailable,
+    Window,
+)
 
 pytestmark = pytest.mark.usefixtures("exact_retries")
 
@@ -342,7 +352,7 @@ def test_several_daemons_never_let_more_through_than_the_quota(
                 with suppress(StoreError):
                     verdicts = fleet.ledgers[daemon].charge(batch, NEVER)
                     pairs = zip(batch, verdicts, strict=True)
-                    accepted += [charge.instance for charge, v in pairs if v.accepted]
+                    accepted += [charge.origin.instance for charge, v in pairs if v.accepted]
             elif what == "wait":
                 assert isinstance(value, int)
                 fleet.world.now += value
@@ -416,7 +426,7 @@ def test_a_window_that_begins_deep_in_a_chain(fleet: StartFleet, purged: int, re
         rows.append(Entry("a", seq, 1 + (0 < reset <= seq), at, cost, total, "", 1))
     for first in range(0, len(rows), 500):
         one.stores[0].append(rows[first : first + 500])
-    one.stores[0]._run("DELETE FROM sends WHERE seq <= ?", (purged,))
+    one.stores[0].run("DELETE FROM sends WHERE seq <= ?", (purged,))
     one.world.now = at + SECOND - START
     now = START + one.world.now
     for depth in (1, 5, 7, 8, 9, 33, 40, 41, 300, 5000, 9_999):
@@ -525,7 +535,7 @@ def test_what_nobody_waits_for_is_not_charged(fleet: StartFleet) -> None:
     """Nor does it count against those behind it."""
     one = fleet()
     pool = Debit("POOL *", 1, (Window(60, 3),))
-    batch = [Charge(name, (Debit(name, 1, (Window(60, 9),)), pool)) for name in "abcde"]
+    batch = [Charge(Origin(name), (Debit(name, 1, (Window(60, 9),)), pool)) for name in "abcde"]
     verdicts = one.ledgers[0].charge(batch, NEVER, lambda index: index not in (0, 2))
     assert [verdict.accepted for verdict in verdicts] == [False, True, False, True, True]
     assert [row.account for row in one.rows()] == ["POOL *", "b", "d", "e"]
@@ -601,6 +611,8 @@ def test_pools_are_locked_last(fleet: StartFleet) -> None:
 
     one.stores[0].append = note  # type: ignore[method-assign]
     pools = (Debit("POOL @x", 1, (Window(60, 9),)), Debit("POOL *", 1, (Window(60, 9),)))
-    batch = [Charge("", (Debit(name, 1, (Window(60, 9),)), *pools)) for name in ("b@x", "a@x")]
+    batch = [
+        Charge(Origin(""), (Debit(name, 1, (Window(60, 9),)), *pools)) for name in ("b@x", "a@x")
+    ]
     one.ledgers[0].charge(batch, NEVER)
     assert written == ["a@x", "b@x", "POOL *", "POOL @x"]

@@ -335,8 +335,8 @@ def test_an_account_never_breaks_a_line(daemon: StartDaemon, syslog: Syslog, pat
     ahead = (int(time.time()) + 3600) * 1_000_000
     assert ask(running, OWNERS) == ["OK"]  # now there is a table
     with closing(sqlite3.connect(running.directory / "saslquota.db")) as connection:
-        row = ("a\x1bb\x7f@x.br", 1, 1, ahead, 1, 1, "", 1)
-        connection.execute("INSERT INTO sends VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+        row = ("a\x1bb\x7f@x.br", 1, 1, ahead, 1, 1, "", 1, b"", "")
+        connection.execute("INSERT INTO sends VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
         connection.commit()
     assert ask(running, {**OWNERS, "sasl_username": "a\x1bb\x7f@x.br"}) == ["OK"]
     lines = [text for _, text in texts(syslog, running, "thread stopped", 2)]

@@ -325,7 +325,7 @@ class Counted:
                 self.outages += 1
             else:
                 pairs = zip(batch, verdicts, strict=True)
-                self.accepted += [charge.instance for charge, v in pairs if v.accepted]
+                self.accepted += [charge.origin.instance for charge, v in pairs if v.accepted]
         self.ledger.close()
 
     def __enter__(self) -> "Counted":
@@ -372,9 +372,9 @@ def test_a_server_frozen_in_mid_insert_leaves_one_row_each(
 class FarStore(MySQLStore):
     """A store two milliseconds farther away."""
 
-    def _run(self, sql: str, values: Sequence[int | str] = ()) -> list[object]:
+    def run(self, sql: str, values: Sequence[saslquota.Value] = ()) -> list[object]:
         time.sleep(0.002)
-        return super()._run(sql, values)
+        return super().run(sql, values)
 
 
 def test_a_daemon_farther_away_does_not_starve(database: Database) -> None:
@@ -724,7 +724,7 @@ def test_the_servers_certificate_is_verified(
         store = MySQLStore(mysql_config(database, **changes))
         if works:
             store.open()
-            assert store._run("SHOW STATUS LIKE 'Ssl_cipher'")[0][1]
+            assert store.run("SHOW STATUS LIKE 'Ssl_cipher'")[0][1]
             store.close()
         else:
             with pytest.raises(Unavailable, match=r"(?i)certificate|SSL"):
