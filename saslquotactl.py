@@ -198,7 +198,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("-c", metavar="FILE", dest="config", type=Path)
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     parser.add_argument("--version", action="version", version=f"saslquota {saslquota.__version__}")
-    parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    adders: list[Callable[[Any], None]] = []  # add_..._commands() of each section
+    for add in adders:
+        add(commands)
     return parser
 
 
