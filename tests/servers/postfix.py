@@ -84,6 +84,8 @@ class Postfix(Process):
             "mydestination": "",
             "alias_maps": "",
             "default_transport": "discard",
+            # Debian 12's Postfix has this path built in, Debian 13's has it in its main.cf
+            "cyrus_sasl_config_path": str(self.config / "sasl"),
             "in_flow_delay": "0",
             # a client that tries again until its window has passed is not slowed down, nor cut off
             "smtpd_error_sleep_time": "0",
