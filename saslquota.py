@@ -116,7 +116,6 @@ import queue
 import random
 import re
 import resource
-import shlex
 import signal
 import socket
 import socketserver
@@ -1646,7 +1645,7 @@ def with_remedy(error: Exception, config: Config) -> str:
         1045: f"check _myuser and _mypasswd in {config.path}, and {grant}"
         + (f"; if caching_sha2_password lacks TLS, {no_tls}" if is_pure else ""),
         1049: f"create database {config.mydb}",
-        1054: f"run mysql {config.mydb} -e {shlex.quote(ADD_COLUMNS)}",
+        1054: f'run mysql {config.mydb} -e "{ADD_COLUMNS}"',
         1142: grant,
         1146: f"run mysql {config.mydb} < mysql.sql",
         2002: "is the server running? check _myhost",
@@ -3903,6 +3902,10 @@ def check_rules(config: Config) -> Iterator[str]:
     for rule in rules:
         if doubt := key_doubt(rule.key, config.defaultdomain):
             yield f"{path}: warning: {quoted(rule.key)} {doubt}"
+    endless = [rule.key for rule in rules if holds_without_end(rule)]
+    if endless:
+        why = "HOLD, and no other window refuses: the hold queue grows without end"
+        yield f"{path}: warning: {some(endless)}: {why}"
     coded = [rule.key for rule in rules if any(SMTP_CODE.match(w.msg) for w in rule.windows)]
     if coded:
         yield f"{path}: warning: msg of {some(coded)}: leave out the SMTP code, Postfix adds it"
@@ -3927,6 +3930,13 @@ def key_doubt(key: str, defaultdomain: str) -> str:
         whole = quoted(f"{key}@{defaultdomain}")
         return f"selects no login without a domain: with _defaultdomain that is {whole}"
     return ""
+
+
+def holds_without_end(rule: Rule) -> bool:
+    """Whether nothing bounds what it puts into the hold queue."""
+    holding = [window for window in rule.windows if window.enforce and window.action == "HOLD"]
+    bounded = any(window.refuses and window.msgquota < math.inf for window in rule.windows)
+    return any(window.msgquota < math.inf for window in holding) and not bounded
 
 
 def some(keys: Sequence[str]) -> str:

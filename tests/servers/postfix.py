@@ -146,6 +146,9 @@ class Postfix(Process):
         """Return what postconf says about this instance."""
         return run(["postconf", "-c", self.config, *arguments])
 
+    def postsuper(self, *arguments: str) -> None:
+        run(["postsuper", "-c", self.config, *arguments])
+
     def warnings(self) -> list[str]:
         """Return the log's lines of trouble, but for `postfix check` on the private sasldb2, and
         for what a busy machine brings about."""
