@@ -29,6 +29,7 @@ PROTOCOL
     max(1, recipient_count); the other states cost nothing. Where a rule says "count": "messages", a
     message costs 1 however often it is asked about: the connection remembers the last one by its
     sender and instance. Malformed input gets no reply: it is logged and the connection closed.
+    request=status is answered with name=value lines about the daemon, and costs nothing.
 
 CONFIGURATION
     saslquota.json holds the settings (class Config lists them), quotarules.json the rules. An
@@ -60,7 +61,8 @@ DIAGNOSTICS
 FILES
     saslquota.json, quotarules.json    settings and rules
     schema/                            JSON Schemas of both, for editors; not needed to run
-    mysql.sql                          the table, for MySQL and MariaDB (SQLite's is made by itself)
+    mysql.sql                          the tables, for MySQL and MariaDB (SQLite's make themselves)
+    saslquotactl.py                    shows who sends, blocks, grants more: by way of the tables
     saslquota.db                       the embedded database
 
 HOW IT WORKS
@@ -69,6 +71,7 @@ HOW IT WORKS
         Postfix --> PolicyHandler         bytes to Request
                     1 policy.charge()     whose quota, and how much: a Charge, or an Answer at once
                     2 committer.submit()  the queue; what has gathered there is one batch
+                        Orders            what administrators grant or block
                         Ledger            decides the batch upon what Accounts remembers
                         Store             one INSERT makes the accepted charges durable
                       decided(verdict)    called once, by the committer or the watchdog
