@@ -676,7 +676,9 @@ class Config:
     notify: tuple[str, ...] = setting((), read_notified)  # who is told of incidents
     notifyhost: str = setting("localhost:25", read_address(25, optional=False))  # the mail server
     notifyuser: bool = setting(False, read_switch)  # whether the user is told, too
-    http: str = setting("", read_address(10009, optional=True))  # where metrics and the page are; "" is nowhere
+    http: str = setting(
+        "", read_address(10009, optional=True)
+    )  # where metrics and the page are; "" is nowhere
 
     def beside(self, name: str) -> Path:
         """A path that a setting holds: relative to the configuration file."""
