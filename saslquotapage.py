@@ -113,10 +113,15 @@ STYLE = """
 :root{color-scheme:light dark;--s:#2a78d0;--r:#d43a3a;--l:#8884}
 body{font:15px/1.45 system-ui,sans-serif;margin:1em auto;max-width:72em;padding:0 .8em}
 h1{font-size:1.3em}h2{font-size:1em;margin:1.6em 0 .3em}p{margin:.3em 0}b{color:var(--r)}
-div{overflow-x:auto}table{border-collapse:collapse;width:100%}
+pre{white-space:pre-wrap}table{border-collapse:collapse;width:100%}
 td,th{text-align:left;vertical-align:top;padding:.25em .8em .25em 0;border-top:1px solid var(--l)}
-td{overflow-wrap:anywhere;min-width:4em}code{display:block;user-select:all;font-size:.85em}
-svg{width:100%;height:7em;border-bottom:1px solid var(--l)}.s{fill:var(--s)}.r{fill:var(--r)}
+td{overflow-wrap:anywhere;min-width:5em}code{display:block;user-select:all;font-size:.85em}
+svg{width:100%;height:7em;border-bottom:1px solid var(--l)}
+.s{fill:var(--s);color:var(--s)}.r{fill:var(--r);color:var(--r)}
+.x{display:flex;justify-content:space-between;font-size:.8em}
+@media(max-width:45em){tr,td{display:block}th,tr:first-child{display:none}td{border:0;padding:0}
+tr{border-top:1px solid var(--l);padding:.4em 0}td::before{content:attr(data-of)": ";opacity:.6}
+.x :nth-child(even){display:none}}
 """
 CSP = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'"
 
@@ -136,9 +141,15 @@ def tag(element: str, *content: object, **attributes: object) -> Html:
 
 
 def listed(title: str, heading: str, rows: Iterable[Sequence[object]]) -> Html:
-    lines = [tag("tr", *(tag("td", cell) for cell in row)) for row in rows]
-    head = tag("tr", *(tag("th", name) for name in heading.split(", ")))
-    body = tag("div", tag("table", head, *lines)) if lines else tag("p", "nobody")
+    names = heading.split(", ")
+    head = tag("tr", *(tag("th", name) for name in names))
+    lines = []
+    for row in rows:
+        cells = [
+            tag("td", cell, **{"data-of": name}) for name, cell in zip(names, row, strict=False)
+        ]
+        lines.append(tag("tr", *cells))
+    body = tag("table", head, *lines) if lines else tag("p", "nobody")
     return Html(tag("h2", title) + body)
 
 
@@ -156,9 +167,13 @@ def chart(title: str, sent: Mapping[int, int], refused: Mapping[int, int], hours
                 size: dict[str, object] = {"y": f"{y:.2f}", "height": f"{high:.2f}", "width": 0.9}
                 bars.append(tag("rect", words, class_=kind[0], x=place, **size))
     sums = [sum(of.get(hour, 0) for hour in hours) for of in (sent, refused)]
-    text = f"{title}: {sums[0]} sent, {sums[1]} refused; at most {most} in an hour"
-    box = f"0 0 {len(hours)} 100"
-    return Html(tag("h2", text) + tag("svg", *bars, viewBox=box, preserveAspectRatio="none"))
+    blue, red = (tag("span", "\u25a0", class_=kind) for kind in "sr")
+    text = f" {sums[1]} refused; {most} in an hour at most"
+    legend = tag("p", blue, f" {sums[0]} sent ", red, text)
+    box = {"viewBox": f"0 0 {len(hours)} 100", "preserveAspectRatio": "none", "role": "img"}
+    times = [time.localtime(3600 * hours[part * (len(hours) - 1) // 4]) for part in range(5)]
+    axis = tag("p", *(tag("span", time.strftime("%d %b %H:%M", at)) for at in times), class_="x")
+    return Html(tag("h2", title) + legend + tag("svg", *bars, **box) + axis)
 
 
 def recipients_by_hour(store: Store, known: dict[int, int], hour: int) -> None:
@@ -166,23 +181,24 @@ def recipients_by_hour(store: Store, known: dict[int, int], hour: int) -> None:
     what = f"{store.SELECT_AT} {'/' if isinstance(store, SQLiteStore) else 'DIV'} {HOUR}"
     sql = f"SELECT {what}, CAST(SUM(recipients) AS SIGNED) FROM sends WHERE at >= TIME"
     pools = f"SUBSTR(account, 1, 5) <> '{POOL_PREFIX}'"
-    first = max(hour - 24 * 7, max(known, default=0) - 1)
+    first = max(hour - 24 * 7, min(hour, max(known, default=0)) - 1)
     known.update(run(store, f"{sql} AND {pools} GROUP BY {what}", [first * HOUR]))
 
 
-def refused_by_hour(events: Iterable[Row]) -> dict[int, int]:
+def refused_by_hour(events: Iterable[Row], now: int) -> dict[int, int]:
     """When is not known: evenly from an incident's first to its last."""
     found: collections.Counter[int] = collections.Counter()
     for event in events:
-        hours = range(event["at"] // HOUR, (event["last"] or event["at"]) // HOUR + 1)
-        parts = [event["amount"] * place // len(hours) for place in range(len(hours) + 1)]
+        hours = range(event["at"] // HOUR, min(event["last"] or event["at"], now) // HOUR + 1)
+        parts = [event["amount"] * place // len(hours) for place in range(len(hours) + 1) if hours]
         found.update({hour: b - a for hour, a, b in zip(hours, parts, parts[1:], strict=False)})
     return found
 
 
 def refused_now(session: Session, events: Iterable[Row]) -> Iterator[Sequence[object]]:
     now = session.now
-    for event in [event for event in events if (event["last"] or event["at"]) >= now - HOUR][:FEW]:
+    recent = [event for event in events if (event["last"] or event["at"]) >= now - HOUR]
+    for event in sorted(recent, key=lambda event: -event["at"])[:FEW]:
         account, since = event["account"], format_moment(event["at"], now)
         verbs, text = ["show", "reset"], ""
         if not account.startswith(POOL_PREFIX):
@@ -201,7 +217,12 @@ def ordered(session: Session, kind: str, verb: str) -> Iterator[Sequence[object]
 
 
 def top(session: Session, rows: Sequence[Row]) -> Iterator[Sequence[object]]:
-    windows = {row["name"]: ctl.windows_of(session.rules, row["name"])[row["name"]] for row in rows}
+    try:
+        rules = session.rules
+    except saslquota.ConfigError as error:
+        yield (tag("b", error),)
+        return
+    windows = {row["name"]: ctl.windows_of(rules, row["name"])[row["name"]] for row in rows}
     uses = sorted(ctl.measure(session.store, windows), key=lambda use: int(use["percent"]))
     fullest = {use["account"]: use for use in uses}
     for row in rows:
@@ -215,11 +236,8 @@ def unusual(session: Session, rows: Iterable[Row]) -> Iterator[Sequence[object]]
     for row in [row for row in rows if row["addresses"] >= UNUSUAL][:FEW]:
         _, _, new, text = origins(session.store, row["name"], start)
         if new >= UNUSUAL:
-            yield (
-                row["name"],
-                f"{row['sent']} sent{text}",
-                tag("code", command("show", row["name"])),
-            )
+            todo = tag("code", command("show", row["name"]))
+            yield row["name"], f"{row['sent']} sent{text}", todo
 
 
 class Page:
@@ -234,12 +252,15 @@ class Page:
         session = Session(self._config)
         vars(session)["now"] = time.time_ns() // 1000  # the database may be down
         daemon = ctl.daemon_part(session)
-        parts = [tag("b" if daemon.level else "span", "\n".join(daemon.lines))]
+        lines = [tag("b" if daemon.level else "span", line) for line in daemon.lines]
+        parts: list[Html] = []
         try:
             with self._database.session() as session:
-                parts = [tag("pre", *parts, f"\nstore    {session.store}"), *self._tables(session)]
+                lines.append(tag("span", f"store    {session.store}"))
+                parts = list(self._tables(session))
         except SaslQuotaError as error:
-            parts = [tag("pre", *parts, "\n", tag("b", f"database {error}"))]
+            lines.append(tag("b", f"database {error}"))
+        parts.insert(0, tag("pre", Html("\n".join(lines))))
         title = f"saslquota on {socket.gethostname()}"
         head = (
             '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><link rel="icon" href="data:,">'
@@ -255,18 +276,18 @@ class Page:
         events = ctl.read_events(store, "kind = 'refused' AND at >= TIME", [now - 8 * DAY])
         for title, hours in (("Last 24 hours", 24), ("Last 7 days", 24 * 7)):
             span = range(hour - hours + 1, hour + 1)
-            yield chart(title, self._sent, refused_by_hour(events), span)
+            yield chart(title, self._sent, refused_by_hour(events, now), span)
         heading = "who, since, refused, told, why, what to do"
         yield listed("Refused in the last hour", heading, refused_now(session, events))
-        for title, kind, verb in (("Blocked", "block", "unblock"), ("Granted", "grant", "reset")):
-            yield listed(title, "who, order, to end it", ordered(session, kind, verb))
+        for title, kind, verb in (("Blocked", "block", "unblock"), ("Granted", "grant", "show")):
+            yield listed(title, "who, order, what to do", ordered(session, kind, verb))
         heading = "who, sent, addresses, used, of its fullest window"
         rows = ctl.tally(store, "account", "at >= TIME", [now - HOUR])[:FEW]
         yield listed("Most sent in the last hour", heading, top(session, rows))
         rows = ctl.tally(store, "account", "at >= TIME", [now - DAY])
         rows.sort(key=lambda row: -row["addresses"])
         title = f"Unusual: {UNUSUAL} or more new addresses in a day"
-        yield listed(title, "who, from where, more of it", unusual(session, rows))
+        yield listed(title, "who, what, what to do", unusual(session, rows))
 
 
 # --- HTTP -----------------------------------------------------------------------------------------
@@ -367,7 +388,9 @@ class Server(http.server.ThreadingHTTPServer):
 class Handler(http.server.BaseHTTPRequestHandler):
     server: Server
     timeout = TIMEOUT
-    server_version, sys_version = "saslquota", ""
+
+    def version_string(self) -> str:
+        return "saslquota"
 
     def do_GET(self) -> None:
         self.server.reading.pop(self.request, None)

@@ -136,7 +136,7 @@ def tell_in_full(session: Session, event: Row, now: int) -> list[str]:
         return [*lines, "Who sends so much:", f"  {command('show', account)}"]
     senders, addresses, _, text = origins(session.store, account, start)
     sent = f"{sum(row['sent'] for row in senders)}, as {len(senders)} senders{text}"
-    lines.append(f"Sent since {format_moment(start, now)}: {sent}:")
+    lines.append(f"Sent since {format_moment(start, now)}: {sent}{':' * bool(senders)}")
     for rows in filter(None, (senders[:5], addresses[:10])):
         cells = []
         for row in rows:
@@ -302,8 +302,9 @@ class Teller:
         began, config, now = time.monotonic(), self._config, session.now
         which = f"{UNTOLD} AND claimed = TIME"
         events = ctl.read_events(session.store, which, [now - 2 * EXPIRY, stamp])
-        if not events:  # it is another watch's
+        if not events:  # they are another watch's
             return True
+        events.sort(key=lambda event: -event["amount"])
         addresses = tuple(one for one in config.notify if one[0] != "|")
         targets = [(addresses), *((one,) for one in config.notify if one[0] == "|")]
         data = write_mail(config, addresses, *admin_mail(session, events))
