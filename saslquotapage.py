@@ -69,7 +69,7 @@ NOTE = re.compile(  # see saslquota.incident_text()
 
 def run(store: Store, sql: str, values: Sequence[int]) -> list[Any]:
     """As Store.run(); TIME stands for a value."""
-    return store.run(sql.replace("TIME", store.BIND_TIME), values)
+    return store.run(re.sub(r"\bTIME\b", store.BIND_TIME, sql), values)
 
 
 def why(event: Row) -> tuple[str, str]:

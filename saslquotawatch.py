@@ -71,23 +71,24 @@ BUSY = (  # somebody has told, or is about to
 )
 
 
-def claim(store: Store) -> int:
-    """Claim what is due in one statement, so that one of several watches gets it all. Returns the
-    claim's time, which no other has; 0 if nothing is due."""
+def claim(store: Store) -> tuple[int, list[Row]]:
+    """Claim all incidents that are due, in one statement, so that one of several watches gets them.
+    Returns the claim's time, which no other has, and them; none while a mail would be too soon."""
     now = store.now()
     due = [now - EXPIRY, now - CLAIM, now + AHEAD]
-    first = store.TIME.format("MIN(at)")
-    ((at,),) = run(store, f"SELECT {first} FROM events WHERE {UNTOLD} AND {UNCLAIMED}", due)
-    if at is None or at > now - GATHERING:
-        return 0
-    stamp = now - random.randrange(SECOND)
-    sql = (
-        f"UPDATE events SET claimed = TIME WHERE {UNTOLD} AND {UNCLAIMED} AND 0 = (SELECT number"
-        f" FROM (SELECT COUNT(*) AS number FROM events WHERE {BUSY}) AS busy)"
-    )
     busy = [now - 2 * EXPIRY, now - PAUSE, now + AHEAD, now - CLAIM, now + AHEAD]
+    others = f"SELECT COUNT(*) AS number FROM events WHERE {BUSY}"
+    first = store.TIME.format("MIN(at)")
+    sql = f"SELECT ({others}), {first} FROM events WHERE {UNTOLD} AND {UNCLAIMED}"
+    ((number, at),) = run(store, sql, [*busy, *due])
+    if number or at is None or at > now - GATHERING:
+        return 0, []
+    stamp = now - random.randrange(SECOND)
+    free = f"0 = (SELECT number FROM ({others}) AS busy)"  # MySQL wants it that deep
+    sql = f"UPDATE events SET claimed = TIME WHERE {UNTOLD} AND {UNCLAIMED} AND {free}"
     run(store, sql, [stamp, *due, *busy])
-    return stamp
+    mine = ctl.read_events(store, f"{UNTOLD} AND claimed = TIME", [now - 2 * EXPIRY, stamp])
+    return stamp, sorted(mine, key=lambda event: -event["amount"])
 
 
 def mark(store: Store, stamp: int, *, told: bool) -> None:
@@ -198,13 +199,15 @@ class Letter(NamedTuple):
             return self._run_command(deadline)
         try:
             return self._send(host, deadline)
-        except smtplib.SMTPRecipientsRefused as error:
-            return error.recipients
-        except smtplib.SMTPResponseException as error:
-            return dict.fromkeys(self.targets, (error.smtp_code, error.smtp_error))
-        except (OSError, smtplib.SMTPException) as error:
-            reason = str(error) if time.monotonic() < deadline else "took too long"
-            return dict.fromkeys(self.targets, (0, f"{host}: {reason}"))
+        except (OSError, smtplib.SMTPException, ValueError) as error:
+            if isinstance(error, smtplib.SMTPRecipientsRefused):
+                return error.recipients
+            reason: tuple[int, Any] = 0, f"{host}: {error}"
+            if isinstance(error, smtplib.SMTPResponseException):
+                reason = error.smtp_code, error.smtp_error
+            if time.monotonic() >= deadline:
+                reason = 0, f"{host}: took too long"
+            return dict.fromkeys(self.targets, reason)
 
     def _send(self, host: str, deadline: float) -> dict[str, tuple[int, bytes]]:
         """As smtplib.sendmail(). Without a sender: what comes back would be told nobody."""
@@ -217,7 +220,7 @@ class Letter(NamedTuple):
             code, reply = smtp.connect(*saslquota.split_host(host, 25) or ())
             if code != 220:
                 raise smtplib.SMTPConnectError(code, reply)
-            smtp.sock.settimeout(left)  # type: ignore[union-attr]
+            smtp.sock.settimeout(max(0.1, deadline - time.monotonic()))  # type: ignore[union-attr]
             smtp.ehlo_or_helo_if_needed()
             options = ["BODY=8BITMIME"] if smtp.has_extn("8bitmime") else []
             refused = smtp.sendmail("", self.targets, self.data.replace(b"\n", b"\r\n"), options)
@@ -257,6 +260,7 @@ def shut_down(smtp: smtplib.SMTP) -> None:
 LOOK_INTERVAL = 2.0  # seconds
 RETRY = 60.0  # seconds after a delivery that failed
 MAX_OWED = 1000  # letters
+CONFLICTS = 10  # in a row that are nothing unusual: somebody else is at it
 
 
 class Teller:
@@ -266,6 +270,7 @@ class Teller:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._database = Database(config)
+        self._failures = 0  # of the database in a row
         self._unmarked = 0  # a claim that was told, while the database is away
         self._retry_at = self._retry_owed_at = -math.inf  # monotonic seconds
         self._owed: collections.deque[Letter] = collections.deque(maxlen=MAX_OWED)
@@ -274,12 +279,14 @@ class Teller:
         """Tell what is due; False if it could not be told."""
         try:
             with self._database.session() as session:
-                return self._look(session)
-        except Conflict:  # somebody else is at it
-            return False
+                is_well = self._look(session)
         except SaslQuotaError as error:
-            complain("database", error)
+            self._failures += 1
+            if self._failures > CONFLICTS or not isinstance(error, Conflict):
+                complain("database", error)
             return False
+        self._failures = 0
+        return is_well
 
     def _look(self, session: Session) -> bool:
         if self._unmarked:
@@ -290,23 +297,20 @@ class Teller:
             if number := run(session.store, sql, [session.now - EXPIRY])[0][0]:
                 complain("_notify is empty", f"{number} incidents are not told")
             return not number
-        if time.monotonic() >= self._retry_at and (stamp := claim(session.store)):
-            return self._tell(session, stamp)
+        if time.monotonic() >= self._retry_at:
+            stamp, events = claim(session.store)
+            if events:
+                return self._tell(session, stamp, events)
         while self._owed and time.monotonic() >= self._retry_owed_at:
             _, owed = self._deliver([self._owed.popleft()], time.monotonic() + DELIVERY_TIME)
             self._owed += owed
             self._retry_owed_at = time.monotonic() + RETRY if owed else -math.inf
         return time.monotonic() >= self._retry_at
 
-    def _tell(self, session: Session, stamp: int) -> bool:
+    def _tell(self, session: Session, stamp: int, events: Sequence[Row]) -> bool:
         began, config, now = time.monotonic(), self._config, session.now
-        which = f"{UNTOLD} AND claimed = TIME"
-        events = ctl.read_events(session.store, which, [now - 2 * EXPIRY, stamp])
-        if not events:  # they are another watch's
-            return True
-        events.sort(key=lambda event: -event["amount"])
         addresses = tuple(one for one in config.notify if one[0] != "|")
-        targets = [(addresses), *((one,) for one in config.notify if one[0] == "|")]
+        targets = [addresses, *((one,) for one in config.notify if one[0] == "|")]
         data = write_mail(config, addresses, *admin_mail(session, events))
         letters = [Letter(some, data, began + EXPIRY / SECOND) for some in targets if some]
         is_told, owed = self._deliver(letters, began + DELIVERY_TIME)
@@ -327,7 +331,8 @@ class Teller:
         for letter in letters:
             refused = letter.deliver(self._config.notifyhost, deadline)
             for target, (code, reason) in refused.items():
-                complain("not delivered", f"{target}: {code or ''} {reason}")
+                text = reason.decode(errors="replace") if isinstance(reason, bytes) else reason
+                complain("not delivered", f"{target}: {f'{code} ' if code else ''}{text}")
             is_taken = is_taken or len(refused) < len(letter.targets)
             again = tuple(target for target, (code, _) in refused.items() if code < 500)
             if again and time.monotonic() < letter.give_up_at:
