@@ -325,7 +325,9 @@ class Kept:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves the page and the metrics, to loopback or whoever may connect to _http."""
+    """Serves the page and the metrics to whoever can connect."""
+
+    request_queue_size = 128
 
     def __init__(self, config: Config) -> None:
         host, port = saslquota.split_host(config.http, 10009) or ("", 0)
