@@ -47,6 +47,7 @@ CONFIGURATION
     action     "REJECT"; "DEFER": 450 in place of 554; or "HOLD": accept, count, and let Postfix put
                the mail into its hold queue
     enforce    false: count, log "action=REJECT (not enforced)", and accept
+    notify     whether what is over it is an incident; by default if enforced, and not a quota of 0
     comment    any text, for whoever reads the file
 
 SIGNALS
@@ -98,6 +99,7 @@ HOW IT WORKS
 from __future__ import annotations
 
 import argparse
+import bisect
 import codecs
 import collections
 import contextlib
@@ -315,6 +317,11 @@ class LogWriter(logging.Handler):
         self._stopping = True
         self._wake.set()
         self._thread.join(timeout)
+
+
+def valid_utf8(value: str) -> str:
+    """The value as UTF-8 that every database takes: bytes that were not UTF-8 are spelled out."""
+    return value.encode("utf-8", "backslashreplace").decode()
 
 
 # --- JSON files -----------------------------------------------------------------------------------
@@ -709,6 +716,12 @@ class Window:
     action: str = "REJECT"
     enforce: bool = True  # false: a refusal is only logged
     count: str = "recipients"
+    notify: bool | None = None  # None: if it is enforced, and not a quota of 0
+
+    @property
+    def notifies(self) -> bool:
+        """Whether the administrator wants to know of what is over it."""
+        return self.enforce and self.msgquota > 0 if self.notify is None else self.notify
 
     @property
     def refuses(self) -> bool:
@@ -920,6 +933,7 @@ RULE_FIELDS: dict[str, Callable[[Any], Any]] = {
     "count": read_choice("recipients", "messages"),
     "action": read_choice("REJECT", "DEFER", "HOLD"),
     "enforce": read_flag,
+    "notify": read_flag,
     "comment": read_text,
 }
 BUILT_IN = Window(0, 0, msg="sending quota exceeded, try again later")
@@ -1206,6 +1220,10 @@ PURGE_ROWS = 50  # in one DELETE: a millisecond or two
 LOCK_WAIT = 1  # seconds for a lock in MySQL: as short as it can be, for all others wait too
 OLDEST_CONNECTOR = 9, 2  # of mysql-connector-python: read_timeout came with it
 LOCK_PROBE = 0.1  # seconds for a lock in MySQL, when it is tried which account is locked
+INCIDENT_SPAN = (
+    86_400_000_000  # microseconds from an incident's begin; what is refused later is another
+)
+RECENT_EVENTS = 10  # of an account that are looked at for its incident
 WAL_PAGES = 8000  # of 4 KiB that SQLite gathers in its log before it sorts them into the file
 
 
@@ -1246,6 +1264,25 @@ class Order(NamedTuple):
 
     def is_over(self, now: int) -> bool:
         return self.until is not None and self.until <= now
+
+
+class Refused(NamedTuple):
+    """How many charges of an account were refused."""
+
+    account: str
+    number: int
+    line: str  # the first of them, in words
+
+
+def lasting_incident(events: Iterable[tuple[int, str, int]], now: int) -> int:
+    """The number of the incident that goes on, of an account's newest events, each as its number,
+    kind and time; 0 if there is none. After a day, a reset or an order the next refusal is news."""
+    for number, kind, at in sorted(events, reverse=True):
+        if kind == "refused":
+            return number if at > now - INCIDENT_SPAN else 0
+        if kind != "block":
+            return 0
+    return 0
 
 
 COLUMNS = ", ".join(Entry._fields)
@@ -1363,6 +1400,46 @@ class Store:
             [since],
         )
         return [Order(*row) for row in rows]
+
+    def _lasting_incidents(
+        self, accounts: Sequence[str], now: int
+    ) -> tuple[dict[str, int], dict[str, int]]:
+        """The number of each account's incident that goes on, if one does, and of its newest
+        event."""
+        events: dict[str, list[tuple[int, str, int]]] = {account: [] for account in accounts}
+        of_each = (
+            f"SELECT account, number, kind, {self.TIME.format('at')} FROM events"
+            f" WHERE account = ? ORDER BY number DESC LIMIT {RECENT_EVENTS}"
+        )
+        for account, *event in self._run_each(of_each, [[account] for account in accounts]):
+            events[account].append(tuple(event))
+        newest = {account: max(found, default=(0,))[0] for account, found in events.items()}
+        lasting = {account: lasting_incident(found, now) for account, found in events.items()}
+        return {account: number for account, number in lasting.items() if number}, newest
+
+    def note_refusals(self, refused: Sequence[Refused], now: int, author: str) -> set[str]:
+        """Count up the incidents of these accounts; return those of which one begins. Nothing is
+        counted if another daemon begins one meanwhile: a Conflict."""
+        lasting, newest = self._lasting_incidents([one.account for one in refused], now)
+        begun = [one for one in refused if one.account not in lasting]
+        if begun:
+            row = f"(?, ?, {self.BIND_TIME}, 'refused', ?, ?, ?, {self.BIND_TIME})"
+            values: list[Value] = []
+            for account, number, line in begun:
+                values += [account, newest[account] + 1, now, number, author, line, now]
+            columns = "account, number, at, kind, amount, author, note, last"
+            rows = ", ".join([row] * len(begun))
+            self.run(f"INSERT INTO events ({columns}) VALUES {rows}", values)
+        if lasting:
+            more = [value for one in refused for value in (one.account, one.number)]
+            keys = [value for key in lasting.items() for value in key]
+            self.run(
+                f"UPDATE events SET last = {self.BIND_TIME}, amount = amount + CASE account"
+                f"{' WHEN ? THEN ?' * len(refused)} END"
+                f" WHERE {' OR '.join(['(account = ? AND number = ?)'] * len(lasting))}",
+                [now, *more, *keys],
+            )
+        return {one.account for one in begun}
 
     def append(self, entries: Sequence[Entry]) -> None:
         """Write all the entries or none; they are durable when this returns."""
@@ -2462,6 +2539,14 @@ class Verdict(NamedTuple):
     repeatable_until: float = 0.0  # monotonic seconds; until then a refusal needs no look
     retry_at: float | None = None  # monotonic seconds; when the charge fits, as far as needed
 
+    @property
+    def usage(self) -> str:
+        """In words, for the log."""
+        window = self.window
+        share = 100 * self.used / window.msgquota if window.msgquota else 100
+        quota = f"{self.used}/{window.limit_text} ({share:.2f}%)"
+        return f"rule={window.rule}, quota {quota}, period={window.period}"
+
 
 class Usage(NamedTuple):
     """What is used of one window of a debit."""
@@ -2764,6 +2849,17 @@ class Ledger:
             raise
         batch.entries, batch.verdicts = decision.entries(), verdicts
 
+    def note_refusals(self, refused: Sequence[Refused], author: str) -> set[str]:
+        """As Store.note_refusals()."""
+        return self._store.note_refusals(refused, self._accounts.read_clock().clock, author)
+
+    def open_if_lost(self) -> None:
+        """Open the store anew if it does not answer. Raises Unavailable."""
+        try:
+            self._store.run("SELECT 1")
+        except StoreError:
+            self.open()
+
     def purge(self) -> bool:
         """Delete some sends older than the retention; False when there are no more, or while the
         clock may be wrong: it would empty the table.
@@ -2779,6 +2875,84 @@ class Ledger:
             self.open()
             return True
         return self._purged != PURGE_START
+
+
+# --- Incidents ------------------------------------------------------------------------------------
+
+NOTE_INTERVAL = 1.0  # seconds between two notes of what was refused
+COUNT_INTERVAL = 60.0  # seconds after which an incident is counted up
+NOTED_AT_ONCE = 50  # accounts: some milliseconds in which all others wait
+MAX_AUTHOR = 64  # characters; the column's width
+MAX_NOTE = 400  # characters; the column's width
+NOTE_PAUSE = 60.0  # seconds when a lock was met: while it waits, all others do
+
+
+class Tally:
+    """What was refused to one account, or was over a quota that is not enforced."""
+
+    __slots__ = ("_counter", "_noted", "_reads", "last", "next_note_at")
+
+    def __init__(self) -> None:
+        self.last: tuple[Request, Verdict] | None = None
+        self.next_note_at = 0.0  # monotonic seconds
+        self._counter = itertools.count()  # next() is one step: many threads count, without a lock
+        self._reads = 0  # which are counted, too
+        self._noted = 0
+
+    def count(self, request: Request, verdict: Verdict) -> None:
+        self.last = request, verdict
+        next(self._counter)
+
+    def unnoted(self) -> int:
+        self._reads += 1
+        return next(self._counter) - self._reads + 1 - self._noted
+
+    def note(self, number: int, next_note_at: float) -> None:
+        self._noted += number
+        self.next_note_at = next_note_at
+
+
+class Incidents:
+    """Counts what is refused, for the administrator: the committer notes it in the table `events`.
+    Any thread may count()."""
+
+    def __init__(self) -> None:
+        self._tallies: dict[str, Tally] = {}  # by account
+
+    def count(self, login: str, request: Request, verdict: Verdict) -> None:
+        window = verdict.window
+        is_pool = window.rule == "*" or window.rule.startswith("@")
+        account = POOL_PREFIX + window.rule if is_pool else login
+        tally = self._tallies.get(account)
+        if tally is None:
+            if len(self._tallies) >= CACHED_ACCOUNTS:
+                return
+            tally = self._tallies.setdefault(account, Tally())
+        tally.count(request, verdict)
+
+    def due(self, now: float) -> list[Refused]:
+        """What is to be noted at this time, in monotonic seconds; forgets who has stopped."""
+        found: list[Refused] = []
+        for account, tally in list(self._tallies.items()):
+            if tally.next_note_at > now:
+                continue
+            number = tally.unnoted()
+            if number and tally.last and len(found) < NOTED_AT_ONCE:
+                found.append(Refused(account, number, incident_text(*tally.last)))
+            elif not number:
+                del self._tallies[account]
+        return found
+
+    def note(self, refused: Iterable[Refused], now: float) -> None:
+        """It has been noted."""
+        for account, number, _ in refused:
+            self._tallies[account].note(number, now + COUNT_INTERVAL)
+
+
+def incident_text(request: Request, verdict: Verdict) -> str:
+    address, sender = map(log_value, (request.client_address, request.sender))
+    text = f"{verdict.usage}, client_address={address}, sender={sender}"
+    return valid_utf8(UNPRINTABLE.sub("?", text))[:MAX_NOTE]
 
 
 # --- Committer ------------------------------------------------------------------------------------
@@ -2993,7 +3167,8 @@ class Committer(threading.Thread):
     gathering  taking what is in the queue                charging; the fallback in an outage
     charging   in the ledger, the only state that may     idle; a StoreError begins an outage
                take long
-    chore      purging a bite, or reconnecting            idle
+    chore      noting incidents, purging a bite, or       idle
+               reconnecting
 
     Other threads only submit(), which uses the queue, the watchdog, and what Outage and Refusals
     say; and the main thread ends it.
@@ -3008,7 +3183,11 @@ class Committer(threading.Thread):
         self._refusals = Refusals()
         self._queue: queue.SimpleQueue[PendingCharge | None] = queue.SimpleQueue()
         self._locked_accounts = LockedAccounts(ledger, outage.consequence)
-        self._next_purge_at = 0.0  # monotonic seconds
+        self._next_purge_at = self._next_note_at = 0.0  # monotonic seconds
+        self.incidents = Incidents()
+        self.incidents_begun = 0
+        self._host = socket.gethostname()[:MAX_AUTHOR]
+        self._complaints = RateLimit(REMINDER_INTERVAL)
         self._bugs = RateLimit(1.0)
         self._stopping = False
 
@@ -3041,6 +3220,7 @@ class Committer(threading.Thread):
             "store": "down" if lasts else "up",
             "down_since": round(self._outage.began_at) if lasts else "",
             "accounts_remembered": self._ledger.accounts_remembered,
+            "incidents": self.incidents_begun,
         }
 
     def give_up(self) -> None:
@@ -3061,7 +3241,7 @@ class Committer(threading.Thread):
             batch = self._gather()
             try:
                 self._charge_batch(batch)
-                self._purge_or_reconnect()
+                self._do_chore()
             except StoreError as error:
                 self._outage.begin(error)
             except Exception:  # no bug may end the thread that all wait for
@@ -3129,12 +3309,16 @@ class Committer(threading.Thread):
                 free.append(pending)
         return free
 
-    def _purge_or_reconnect(self) -> None:
-        """Do the chore that is due, if any. Raises Unavailable."""
+    def _do_chore(self) -> None:
+        """Do the one that is due, if any. Raises Unavailable."""
         now = time.monotonic()
         if self._outage.lasts:
             if now >= self._outage.retry_at and not self._ledger.stopping:
                 self._reconnect()
+        elif now >= self._next_note_at:
+            self._next_note_at = now + NOTE_INTERVAL
+            if refused := self.incidents.due(now):
+                self._note(refused)
         elif now >= self._next_purge_at:
             self._next_purge_at = now + PURGE_PUT_OFF
             try:
@@ -3143,6 +3327,25 @@ class Committer(threading.Thread):
                 log.debug("purge put off: %s", error)
                 pause = PURGE_PUT_OFF
             self._next_purge_at = time.monotonic() + pause
+
+    def _note(self, refused: Sequence[Refused]) -> None:
+        """Note incidents; what cannot be noted is tried again. Raises Unavailable."""
+        try:
+            begun = self._ledger.note_refusals(refused, self._host)
+        except StoreError as error:
+            self._ledger.open_if_lost()
+            is_locked = isinstance(error, LockTimeout)
+            if is_locked:
+                self._next_note_at += NOTE_PAUSE
+            was_other_first = isinstance(error, Conflict) and not is_locked
+            if not was_other_first and self._complaints.allows():
+                log.error("incidents (table events) cannot be noted: %s", error)
+            return
+        self.incidents.note(refused, time.monotonic())
+        self.incidents_begun += len(begun)
+        for one in refused:
+            if one.account in begun:
+                log.warning("incident: account=%s, %s", log_value(one.account), one.line)
 
     def _reconnect(self) -> None:
         """Open the store. One that takes so long for a write that a decision would be late is still
@@ -3339,11 +3542,6 @@ def refusal_text(login: str, verdict: Verdict, recipients: int) -> str:
     return window.msg.format_map(values)
 
 
-def valid_utf8(value: str) -> str:
-    """The value as UTF-8 that every database takes: bytes that were not UTF-8 are spelled out."""
-    return value.encode("utf-8", "backslashreplace").decode()
-
-
 # --- Server ---------------------------------------------------------------------------------------
 
 RECV_BYTES = 4096  # at a time; each waiting connection has that much at hand
@@ -3351,6 +3549,7 @@ FIRST_REQUEST = 3600.0  # seconds after the start in which Postfix should have a
 SETTLING = 3.0  # seconds in which Postfix gets from HELO to where a request is counted
 MOMENT = 1.0  # seconds in which Postfix asks twice, if it does
 REPLY_CHECK = 1.0  # seconds of silence until a connection looks whether its reply was taken
+DECISION_SECONDS = (0.001, 0.005, 0.025, 0.1, 1.0)  # a histogram's bounds
 SILENCE = 0.25  # seconds; Postfix connects to ask, and does so within milliseconds
 
 
@@ -3413,6 +3612,42 @@ def identity(request: Request) -> tuple[str, str, str]:
     return request.instance, request.recipient, request.protocol_state
 
 
+class Counters:
+    """What a connection has been answered: one reply at a time, so this needs no lock."""
+
+    __slots__ = ("outcomes", "recipients", "seconds", "took")
+
+    def __init__(self) -> None:
+        self.outcomes = dict.fromkeys(OUTCOMES, 0)
+        self.recipients = 0  # accepted
+        self.seconds = 0.0  # from request to reply, in all
+        self.took = [0] * (len(DECISION_SECONDS) + 1)  # how many up to each, and longer
+
+    def count(self, request: Request, answer: Answer, seconds: float) -> None:
+        self.outcomes[answer.outcome] += 1
+        if answer.verdict and answer.verdict.accepted:
+            self.recipients += recipients_of(request)
+        self.seconds += seconds
+        self.took[bisect.bisect_left(DECISION_SECONDS, seconds)] += 1
+
+    def add(self, other: Counters) -> None:
+        for outcome, number in other.outcomes.items():
+            self.outcomes[outcome] += number
+        self.recipients += other.recipients
+        self.seconds += other.seconds
+        self.took = [mine + more for mine, more in zip(self.took, other.took, strict=True)]
+
+    def status(self) -> dict[str, object]:
+        bounds = [*map("{:g}".format, DECISION_SECONDS), "inf"]
+        sums = itertools.accumulate(self.took)
+        return {
+            **{f"requests_{outcome}": number for outcome, number in self.outcomes.items()},
+            "recipients": self.recipients,
+            **{f"decision_seconds_le_{b}": n for b, n in zip(bounds, sums, strict=True)},
+            "decision_seconds_sum": f"{self.seconds:.6f}",
+        }
+
+
 class PolicyHandler(socketserver.BaseRequestHandler):
     """One connection, in a thread of its own, and the order of the steps: policy.charge(),
     committer.submit(), policy.answer(), reply. The thread that has the verdict, as a rule the
@@ -3449,7 +3684,8 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         self._recv_timeout = 0.0  # seconds, 0 for ever
         self.between_requests = True
         self.has_asked = False
-        self.outcomes = dict.fromkeys(OUTCOMES, 0)  # one thread at a time, see _replying
+        self.counters = Counters()
+        self._asked_at = 0.0  # monotonic seconds
         self.request.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._set_timeout(socket.SO_SNDTIMEO, self.server.client_timeout)
         self.server.handlers.add(self)
@@ -3490,6 +3726,7 @@ class PolicyHandler(socketserver.BaseRequestHandler):
 
     def _submit(self, request: Request) -> None:
         self._replying.acquire()
+        self._asked_at = time.monotonic()
         self._pending = None
         if request.is_status:
             self._send(self.server.status())
@@ -3559,7 +3796,10 @@ class PolicyHandler(socketserver.BaseRequestHandler):
     def _reply(self, request: Request, answer: Answer) -> None:
         """Send the reply, as far as the client takes it at once; then log it."""
         self._send(format_reply(answer.action))
-        self.outcomes[answer.outcome] += 1
+        self.counters.count(request, answer, self._last_used - self._asked_at)
+        verdict = answer.verdict
+        if verdict and verdict.over_quota and verdict.window.notifies:
+            self.server.committer.incidents.count(self._message.login, request, verdict)
         self.server.log_decision(self.number, request, answer, self._last_accepted)
         self._last_accepted = request if answer.verdict and answer.verdict.accepted else None
         self._replying.release()
@@ -3593,12 +3833,11 @@ def verdict_line(request: Request, answer: Answer) -> str:
     verdict, msg = answer.verdict, ""
     counted = f"not counted ({answer.reason}), action={answer.action}"
     if verdict:
-        used, window = verdict.used, verdict.window
-        share = 100 * used / window.msgquota if window.msgquota else 100
-        counted = f"rule={window.rule}, quota {used}/{window.limit_text} ({share:.2f}%),"
-        action = window.action if verdict.over_quota else "ACCEPT"
-        counted += f" period={window.period}, action={action}"
-        counted += " (not enforced)" if verdict.over_quota and not window.enforce else ""
+        counted = (
+            f"{verdict.usage}, action={verdict.window.action if verdict.over_quota else 'ACCEPT'}"
+        )
+        is_trial = verdict.over_quota and not verdict.window.enforce
+        counted += " (not enforced)" if is_trial else ""
         msg = f", msg={answer.msg}" if verdict.over_quota else ""
     recipients = f", recipients={recipients_of(request)}" if request.is_whole_message else ""
     login, rcpt, sender = map(log_value, (request.sasl_username, request.recipient, request.sender))
@@ -3622,7 +3861,7 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.committer = committer
         self.client_timeout = config.bindtimeout  # seconds
         self.handlers: set[PolicyHandler] = set()
-        self._ended = collections.Counter(dict.fromkeys(OUTCOMES, 0))  # of connections that ended
+        self._ended = Counters()  # of connections that have ended
         self._ending = threading.Lock()
         self._started = time.monotonic()
         self.log_verdict: Callable[[int, str], None] = log.log
@@ -3678,22 +3917,23 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """A connection has ended."""
         with self._ending:
             self.handlers.discard(handler)
-            self._ended.update(handler.outcomes)
+            self._ended.add(handler.counters)
 
     def status(self) -> bytes:
         """The reply to request=status: name=value lines, closed by an empty one. Times are Unix
         times, or empty; requests are counted since the start."""
         with self._ending:
-            outcomes = collections.Counter(self._ended)
+            counters = Counters()
+            counters.add(self._ended)
             for handler in list(self.handlers):
-                outcomes.update(handler.outcomes)
+                counters.add(handler.counters)
         first, last = self.hints.first_request_at, self.hints.last_request_at
         values: dict[str, object] = {
             "version": __version__,
             "uptime": int(time.monotonic() - self._started),
             **self.committer.status(),
             "connections": len(self.handlers),
-            **{f"requests_{outcome}": outcomes[outcome] for outcome in OUTCOMES},
+            **counters.status(),
             "first_request_at": round(first) or "",
             "last_request_at": round(last) or "",
             **self.policy.status(),
