@@ -29,6 +29,7 @@ PROTOCOL
     max(1, recipient_count); the other states cost nothing. Where a rule says "count": "messages", a
     message costs 1 however often it is asked about: the connection remembers the last one by its
     sender and instance. Malformed input gets no reply: it is logged and the connection closed.
+    request=status is answered with name=value lines about the daemon, and costs nothing.
 
 CONFIGURATION
     saslquota.json holds the settings (class Config lists them), quotarules.json the rules. An
@@ -43,7 +44,8 @@ CONFIGURATION
                {seconds} (the period as a number), {retry_after} and {recipients} are filled in,
                and {{ and }} stand for a brace
     count      "recipients", or "messages"
-    action     "REJECT", or "DEFER": 450 in place of 554
+    action     "REJECT"; "DEFER": 450 in place of 554; or "HOLD": accept, count, and let Postfix put
+               the mail into its hold queue
     enforce    false: count, log "action=REJECT (not enforced)", and accept
     comment    any text, for whoever reads the file
 
@@ -59,7 +61,8 @@ DIAGNOSTICS
 FILES
     saslquota.json, quotarules.json    settings and rules
     schema/                            JSON Schemas of both, for editors; not needed to run
-    mysql.sql                          the table, for MySQL and MariaDB (SQLite's is made by itself)
+    mysql.sql                          the tables, for MySQL and MariaDB (SQLite's make themselves)
+    saslquotactl.py                    shows who sends, blocks, grants more: by way of the tables
     saslquota.db                       the embedded database
 
 HOW IT WORKS
@@ -68,6 +71,7 @@ HOW IT WORKS
         Postfix --> PolicyHandler         bytes to Request
                     1 policy.charge()     whose quota, and how much: a Charge, or an Answer at once
                     2 committer.submit()  the queue; what has gathered there is one batch
+                        Orders            what administrators grant or block
                         Ledger            decides the batch upon what Accounts remembers
                         Store             one INSERT makes the accepted charges durable
                       decided(verdict)    called once, by the committer or the watchdog
@@ -115,7 +119,6 @@ import queue
 import random
 import re
 import resource
-import shlex
 import signal
 import socket
 import socketserver
@@ -270,7 +273,7 @@ class LogWriter(logging.Handler):
         super().__init__()
         self.target = target
         self._lines: collections.deque[tuple[int, str]] = collections.deque()
-        self._lost = 0
+        self.lost = 0  # lines, so far
         self._wake = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._write, name="log", daemon=True)
@@ -284,11 +287,12 @@ class LogWriter(logging.Handler):
         if len(self._lines) < LOG_BACKLOG:
             self._lines.append((level, line[:MAX_LINE]))
         else:
-            self._lost += 1
+            self.lost += 1
         if not self._wake.is_set():
             self._wake.set()
 
     def _write(self) -> None:
+        told = 0
         while not self._stopping:
             self._wake.wait()
             time.sleep(LOG_PAUSE)
@@ -302,8 +306,8 @@ class LogWriter(logging.Handler):
                 written += 1
                 if written % LOG_SLICE == 0:
                     time.sleep(0)
-            if self._lost:
-                lost, self._lost = self._lost, 0
+            if lost := self.lost - told:
+                told += lost
                 log.error("%d log lines were lost", lost)
 
     def stop(self, timeout: float) -> None:
@@ -707,6 +711,11 @@ class Window:
     count: str = "recipients"
 
     @property
+    def refuses(self) -> bool:
+        """Whether it refuses what is over it; else that is accepted, or held by Postfix."""
+        return self.enforce and self.action != "HOLD"
+
+    @property
     def limit_text(self) -> str:
         return "unlimited" if self.msgquota == math.inf else str(self.msgquota)
 
@@ -723,6 +732,8 @@ class Window:
         limit = f"{self.limit_text} {self.count} in any {length}; beyond that"
         if not self.enforce:
             return f"{limit} accepted (not enforced), logged as {self.action}: {self.msg}"
+        if self.action == "HOLD":
+            return f"{limit} accepted, and put into Postfix's hold queue: {self.msg}"
         return f"{limit}{' deferred (450)' if self.action == 'DEFER' else ''}: {self.msg}"
 
 
@@ -907,7 +918,7 @@ RULE_FIELDS: dict[str, Callable[[Any], Any]] = {
     "msgquota": read_msgquota,  # recipients or messages
     "msg": read_msg,
     "count": read_choice("recipients", "messages"),
-    "action": read_choice("REJECT", "DEFER"),
+    "action": read_choice("REJECT", "DEFER", "HOLD"),
     "enforce": read_flag,
     "comment": read_text,
 }
@@ -1027,6 +1038,12 @@ class RulesFile:
         self._wanted = threading.Event()
         self._stamp = self._read_stamp()
         self.rules = load_rules(path, retention)
+        self.read_at = time.time()
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether they are those of the file as it is now."""
+        return not self._complaint
 
     def _read_stamp(self) -> tuple[int, ...] | None:
         try:
@@ -1066,6 +1083,7 @@ class RulesFile:
             self._complaint = str(error)
         else:
             self._complaint = ""
+            self.read_at = time.time()
             log.info("rules reloaded: %s", self.rules)
         finally:
             sys.setswitchinterval(interval)
@@ -1091,11 +1109,15 @@ class Request(NamedTuple):
     client_address: str
     instance: str
     size: int  # bytes that came over the wire
+    is_status: bool = False  # somebody asks how the daemon is, and all else is empty
 
     @property
     def is_whole_message(self) -> bool:
         """Whether it comes once for a message, with the number of recipients."""
         return self.protocol_state in ("DATA", "END-OF-MESSAGE")
+
+
+STATUS_REQUEST = Request("", "", "", "", 0, "", "", 0, is_status=True)
 
 
 def parse_request(block: bytes) -> Request:
@@ -1112,6 +1134,8 @@ def parse_request(block: bytes) -> Request:
     except ValueError:
         raise ProtocolError("a line without =") from None
     get = attributes.get
+    if get("request") == "status":
+        return STATUS_REQUEST
     if get("request") != "smtpd_access_policy":
         raise ProtocolError("no request=smtpd_access_policy")
     count = get("recipient_count") or "0"
@@ -1211,8 +1235,21 @@ class StoredEntry(NamedTuple):
     total: int
 
 
+class Order(NamedTuple):
+    """What an administrator has ordered for an account, as a row of the table `events`."""
+
+    account: str
+    kind: str  # "grant" or "block"
+    until: int | None  # microseconds since 1970, UTC; None: for good
+    amount: int | None  # of a grant: how many more
+    epoch: int | None  # of a grant: the account's when it was given
+
+    def is_over(self, now: int) -> bool:
+        return self.until is not None and self.until <= now
+
+
 COLUMNS = ", ".join(Entry._fields)
-Value = int | str | bytes  # in a statement
+Value = int | str | bytes | None  # in a statement
 PurgeMark = tuple[int, str, int]  # at, account, seq: how far a purge has come
 PURGE_START: PurgeMark = (0, "", 0)
 
@@ -1221,10 +1258,11 @@ class Store:
     """The table `sends`, in SQL that SQLite, MariaDB and MySQL share.
 
     Used by one thread. Every method raises Conflict or Unavailable. A subclass says how to connect,
-    how to run a statement, and how its database writes a time: SELECT_AT reads the column as
-    microseconds since 1970, BIND_TIME makes a time of them.
+    how to run a statement, and how its database writes a time: TIME reads a column as microseconds
+    since 1970, and SELECT_AT that of the sends; BIND_TIME makes a time of them.
     """
 
+    TIME = "{}"
     SELECT_AT = "at"
     BIND_TIME = "?"
     BEGIN_LOCKING = "BEGIN"
@@ -1310,6 +1348,21 @@ class Store:
         older than the window that is searched for."""
         limit = 2 * WINDOW_CACHE_ROWS
         return self._select(f"account = ? AND seq > ? ORDER BY seq LIMIT {limit}", wanted)
+
+    def orders(self, since: int) -> list[Order]:
+        """The newest order of each account, unless it is a grant or block that ended before
+        `since`, or there is none in force any more."""
+        newer = (
+            "SELECT 1 FROM events AS n WHERE n.account = e.account AND n.number > e.number"
+            " AND n.kind IN ('grant', 'block', 'unblock')"
+        )
+        rows = self.run(
+            f"SELECT account, kind, {self.TIME.format('until')}, amount, epoch FROM events AS e"
+            f" WHERE kind IN ('grant', 'block') AND (until IS NULL OR until > {self.BIND_TIME})"
+            f" AND NOT EXISTS ({newer})",
+            [since],
+        )
+        return [Order(*row) for row in rows]
 
     def append(self, entries: Sequence[Entry]) -> None:
         """Write all the entries or none; they are durable when this returns."""
@@ -1595,7 +1648,7 @@ def with_remedy(error: Exception, config: Config) -> str:
         1045: f"check _myuser and _mypasswd in {config.path}, and {grant}"
         + (f"; if caching_sha2_password lacks TLS, {no_tls}" if is_pure else ""),
         1049: f"create database {config.mydb}",
-        1054: f"run mysql {config.mydb} -e {shlex.quote(ADD_COLUMNS)}",
+        1054: f'run mysql {config.mydb} -e "{ADD_COLUMNS}"',
         1142: grant,
         1146: f"run mysql {config.mydb} < mysql.sql",
         2002: "is the server running? check _myhost",
@@ -1626,24 +1679,25 @@ def store_error(error: Exception) -> StoreError:
     return Unavailable(str(error))
 
 
+def literal(value: Value) -> str:
+    """A value other than a number, as MySQL reads it."""
+    if type(value) is str:
+        return f"_utf8mb4 x'{value.encode().hex()}'"
+    return f"x'{value.hex()}'" if type(value) is bytes else "NULL"
+
+
 def with_literals(sql: str, values: Sequence[Value]) -> str:
     """The statement with its values as literals. Texts go as hexadecimal: there is nothing to
     escape, whatever the server's sql_mode."""
-    literals = [
-        f"_utf8mb4 x'{value.encode().hex()}'"
-        if type(value) is str
-        else f"x'{value.hex()}'"
-        if type(value) is bytes
-        else value
-        for value in values
-    ]
+    literals = [value if type(value) is int else literal(value) for value in values]
     return sql.replace("?", "%s") % tuple(literals)
 
 
 class MySQLStore(Store):
     """The table in MySQL or MariaDB; on the nodes of a Galera cluster, too."""
 
-    SELECT_AT = "TIMESTAMPDIFF(MICROSECOND, '1970-01-01', at)"
+    TIME = "TIMESTAMPDIFF(MICROSECOND, '1970-01-01', {})"
+    SELECT_AT = TIME.format("at")
     BIND_TIME = "TIMESTAMP '1970-01-01 00:00:00' + INTERVAL ? MICROSECOND"
     FOR_UPDATE = " FOR UPDATE"
     # Writes nothing, but fails wherever a send would: read-only, a global lock, no right to.
@@ -1735,6 +1789,14 @@ class MySQLStore(Store):
         if take_locks:  # should this machine vanish now, the server must not keep them for hours
             self.run(f"SET SESSION wait_timeout = {self.statement_timeout + 1}")
         return super().newest_entries(wanted, take_locks=take_locks)
+
+    def orders(self, since: int) -> list[Order]:
+        host_failed = self._host_failed
+        try:
+            return super().orders(since)
+        except Unavailable:  # for want of this table the host has not failed
+            self._host_failed = host_failed
+            raise
 
     def append(self, entries: Sequence[Entry]) -> None:
         had_locks = self._in_locking_transaction
@@ -1837,6 +1899,18 @@ class Debit(NamedTuple):
     account: str
     recipients: int
     windows: tuple[Window, ...]
+
+
+class Charge(NamedTuple):
+    """A send: a debit of the sender's own account, then those of the pools. All are charged, or
+    none."""
+
+    origin: Origin
+    debits: tuple[Debit, ...]
+
+    @property
+    def account(self) -> str:
+        return self.debits[0].account
 
 
 def lock_order(account: str) -> tuple[bool, str]:
@@ -2043,6 +2117,12 @@ class CachedAccount:
         counted = self.name, self.seq, self.epoch, self.at, recipients, self.total
         return Entry(*counted, origin.instance, token, origin.client_address, origin.sender)
 
+    def begin_anew(self) -> None:
+        """The next entry begins an epoch."""
+        self.epoch, self.total = self.epoch + 1, 0
+        for period, window in self.windows.items():
+            self.windows[period] = WindowCache([], self.seq, window.capacity)
+
     def take_back(self, entry: Entry) -> None:
         """Undo an append(), but for the time: the head tells."""
         if entry.seq == self.seq:
@@ -2133,6 +2213,9 @@ class Accounts:
         self._retry_searches = RateLimit(RETRY_SEARCH_INTERVAL)
         self.are_shared = False  # with other daemons: their heads move, and are read each time
 
+    def __len__(self) -> int:
+        return len(self._cache)
+
     def __getitem__(self, name: str) -> CachedAccount:
         """An account that refresh() was asked for."""
         return self._cache[name]
@@ -2142,6 +2225,8 @@ class Accounts:
         for entry in reversed(entries):
             if account := self._cache.get(entry.account):
                 account.take_back(entry)
+                if entry.total == entry.recipients:  # it may have begun an epoch
+                    del self._cache[entry.account]
 
     def forget_all(self) -> None:
         """Nothing is known on a new connection."""
@@ -2276,23 +2361,94 @@ class Accounts:
         return account.time(now) if at is None else at  # None: an entry of this very batch
 
 
+# --- Orders ---------------------------------------------------------------------------------------
+
+BLOCKED = Window(0, 0, rule="blocked", msg="this account may not send, ask your postmaster")
+ORDERS_PAUSE = 60.0  # seconds until locked orders are tried again: meanwhile all others wait
+
+
+class Orders:
+    """The grants and blocks that administrators give by saslquotactl.py, read once a second. They
+    change the windows that a charge must be within.
+
+    grant      while it lasts each window of the account has so much more; then the count begins
+               anew, once, when what was sent on it stands in the way
+    block      the account, or each of a pool, may send nothing
+    """
+
+    def __init__(self, store: Store, retention: int, monotonic: Callable[[], float]) -> None:
+        self._store = store
+        self._retention = (
+            retention  # microseconds: after it nothing that was sent on a grant counts
+        )
+        self._monotonic = monotonic
+        self._orders: dict[str, Order] = {}  # by account
+        self._next_read = -math.inf  # monotonic seconds
+        self._complaints = RateLimit(REMINDER_INTERVAL)
+
+    @property
+    def fresh_until(self) -> float:
+        """In monotonic seconds."""
+        return self._next_read
+
+    def refresh(self, now: int) -> None:
+        """Read them if it is time. Raises StoreError when nothing else can be read, either."""
+        if self._monotonic() < self._next_read:
+            return
+        self._next_read = self._monotonic() + FRESHNESS
+        try:
+            found = self._store.orders(max(0, now - self._retention))
+            self._orders = {order.account: order for order in found}
+        except StoreError as error:
+            self._store.run("SELECT 1")
+            if isinstance(error, Conflict):
+                self._next_read += ORDERS_PAUSE
+            else:
+                self._orders = {}
+            if self._complaints.allows():
+                log.error("orders (table events) cannot be read, counting without them: %s", error)
+
+    def applied_to(self, charge: Charge, now: int) -> Charge:
+        """The charge, its windows changed as is ordered."""
+        if not self._orders:
+            return charge
+        debits = [self._changed(debit, now) for debit in charge.debits]
+        if self._is_blocked(charge.account, now):
+            first = debits[0].windows[0]
+            window = dataclasses.replace(BLOCKED, period=first.period, count=first.count)
+            debits[0] = debits[0]._replace(windows=(window,))
+        return charge._replace(debits=tuple(debits))
+
+    def _changed(self, debit: Debit, now: int) -> Debit:
+        order = self._orders.get(debit.account)
+        if not order or order.kind != "grant" or order.is_over(now):
+            return debit
+        return debit._replace(windows=raised(debit.windows, order.amount or 0))
+
+    def _is_blocked(self, account: str, now: int) -> bool:
+        domain = account.rpartition("@")[2]
+        names = account, f"{POOL_PREFIX}@{domain}", POOL_PREFIX + "*"
+        orders = [self._orders[name] for name in names if name in self._orders]
+        return any(order.kind == "block" and not order.is_over(now) for order in orders)
+
+    def begins_anew(self, account: CachedAccount, now: int) -> bool:
+        """Whether what was sent on a grant that is over may be in the account's windows."""
+        order = self._orders.get(account.name)
+        if not order or order.kind != "grant":
+            return False
+        return order.is_over(now) and order.epoch == account.epoch
+
+
+@functools.lru_cache(CACHED_ACCOUNTS)
+def raised(windows: tuple[Window, ...], amount: int) -> tuple[Window, ...]:
+    return tuple(dataclasses.replace(w, msgquota=w.msgquota + amount) for w in windows)
+
+
 # --- Ledger ---------------------------------------------------------------------------------------
 
 COLLISIONS_BEFORE_LOCKING = 3  # in a row; the next try takes locks
 MAX_CONNECTION_FAILURES = 3  # under one batch, then it is given up
 LOCK_CONFIRMATION = 0.1  # seconds after which a locked account is looked at again
-
-
-class Charge(NamedTuple):
-    """A send: a debit of the sender's own account, then those of the pools. All are charged, or
-    none."""
-
-    origin: Origin
-    debits: tuple[Debit, ...]
-
-    @property
-    def account(self) -> str:
-        return self.debits[0].account
 
 
 class Verdict(NamedTuple):
@@ -2354,38 +2510,68 @@ class Decision:
     """Decides charges one after the other, upon accounts that are as they were at one moment, and
     gathers the entries of those that are accepted. A pool gets one entry for all of them."""
 
-    def __init__(self, accounts: Accounts, now: Now, monotonic: Callable[[], float]) -> None:
+    def __init__(
+        self, accounts: Accounts, orders: Orders, now: Now, monotonic: Callable[[], float]
+    ) -> None:
         self._accounts = accounts
+        self._orders = orders
         self._now = now
         self._monotonic = monotonic
         self._token = random.getrandbits(63)
         self.appended: list[Entry] = []
+        self._anew: list[str] = []  # accounts that begin an epoch with the charge judged last
         self._pools: dict[str, tuple[int, Origin]] = {}  # recipients, and the first instance
 
     def judge(self, charge: Charge) -> Verdict:
-        usages, over = [], []
+        """Decide a charge; accept() is about the last one that was."""
+        charge = self._orders.applied_to(charge, self._now.clock)
+        usages = self._usages(charge)
+        over = [usage for usage in usages if usage.is_over]
+        self._anew = [u.debit.account for u in over if u.window.enforce and self._begins_anew(u)]
+        if self._anew:
+            renewed = self._usages(charge, self._anew)
+            over = [usage for usage, new in zip(usages, renewed, strict=True) if new.is_over]
+            if any(usage.window.enforce for usage in over):
+                self._anew = []  # for a send that is not accepted nothing begins
+            else:
+                usages, over = renewed, [usage for usage in renewed if usage.is_over]
+        if not over:
+            usage = usages[0] if len(usages) == 1 else max(usages, key=lambda usage: usage.fullness)
+            return Verdict(True, usage.used + usage.debit.recipients, usage.window)
+        return self._judge_excess(over)
+
+    def _usages(self, charge: Charge, anew: Sequence[str] = ()) -> list[Usage]:
+        """What is used of each window; of accounts that begin anew what this batch has accepted."""
+        usages = []
         for debit in charge.debits:
             account = self._accounts[debit.account]
             pending = self._pools[debit.account][0] if debit.account in self._pools else 0
             for window in debit.windows:
                 used = account.used(window.period, self._now)
                 assert used is not None, "refresh() has read what was unknown"
-                usage = Usage(debit, window, used + pending, account.total + pending)
-                usages.append(usage)
-                if usage.is_over:
-                    over.append(usage)
-        if not over:
-            usage = usages[0] if len(usages) == 1 else max(usages, key=lambda usage: usage.fullness)
-            return Verdict(True, usage.used + usage.debit.recipients, usage.window)
-        enforced = [usage for usage in over if usage.window.enforce]
-        usage, retry_at = self._last_to_free(enforced or over)
-        if enforced:
+                if debit.account in anew:
+                    usages.append(Usage(debit, window, pending, pending))
+                else:
+                    usages.append(Usage(debit, window, used + pending, account.total + pending))
+        return usages
+
+    def _begins_anew(self, usage: Usage) -> bool:
+        return self._orders.begins_anew(self._accounts[usage.debit.account], self._now.clock)
+
+    def _judge_excess(self, over: Sequence[Usage]) -> Verdict:
+        """The verdict upon a charge that is over these."""
+        refusing = [usage for usage in over if usage.window.refuses]
+        held = [usage for usage in over if usage.window.enforce]
+        usage, retry_at = self._last_to_free(refusing or held or over)
+        if refusing:
             until = self._refusal_holds_until(usage)
             return Verdict(False, usage.used, usage.window, True, until, retry_at)
         used = usage.used + usage.debit.recipients
         return Verdict(True, used, usage.window, True, retry_at=retry_at)
 
     def accept(self, charge: Charge) -> None:
+        for name in self._anew:
+            self._accounts[name].begin_anew()
         for name, recipients, _ in charge.debits:
             if name.startswith(POOL_PREFIX):
                 so_far, first = self._pools.get(name, (0, Origin(charge.origin.instance)))
@@ -2432,7 +2618,8 @@ class Decision:
         leaves = FRESHNESS
         if rows:
             leaves = (rows[0][0] - account.time(self._now)) / 1e6 + usage.window.period
-        return min(account.read_at + FRESHNESS, self._monotonic() + leaves)
+        known_until = min(account.read_at + FRESHNESS, self._orders.fresh_until)
+        return min(known_until, self._monotonic() + leaves)
 
 
 class Ledger:
@@ -2450,6 +2637,7 @@ class Ledger:
         self._monotonic = monotonic
         self._clock = Clock(store, monotonic)
         self._accounts = Accounts(store, self._clock, monotonic)
+        self._orders = Orders(store, self._retention, monotonic)
         self._purged: PurgeMark = PURGE_START
         self.stopping = False  # no more attempts: set by another thread
 
@@ -2551,11 +2739,16 @@ class Ledger:
     def wait_for_locks(self, wait: bool) -> None:
         self._store.wait_for_locks(wait)
 
+    @property
+    def accounts_remembered(self) -> int:
+        return len(self._accounts)
+
     def _decide(self, batch: Batch) -> None:
         """Find the verdicts, and the entries that make them true."""
         take_locks = batch.collisions >= COLLISIONS_BEFORE_LOCKING
+        self._orders.refresh(self._clock.now().clock)
         now = self._accounts.refresh(batch.debits, take_locks=take_locks)
-        decision = Decision(self._accounts, now, self._monotonic)
+        decision = Decision(self._accounts, self._orders, now, self._monotonic)
         verdicts = []
         try:
             for index, charge in enumerate(batch.charges):
@@ -2663,6 +2856,7 @@ class Outage:
 
     def __init__(self, consequence: str) -> None:
         self.lasts = False
+        self.began_at = 0.0  # Unix time, while it lasts
         self.retry_at = 0.0  # monotonic seconds
         self._is_final = False
         self.consequence = consequence  # for the log: what senders get
@@ -2674,6 +2868,8 @@ class Outage:
     def begin(self, error: StoreError, *, is_cause: bool = True) -> None:
         """The store has failed; what is known to be the cause is logged once more."""
         with self._lock:
+            if not self.lasts:
+                self.began_at = time.time()
             self.lasts = True
             self.retry_at = time.monotonic() + RECONNECT_INTERVAL
             self._reason = str(error)
@@ -2839,6 +3035,14 @@ class Committer(threading.Thread):
         self._queue.put(pending)
         return pending
 
+    def status(self) -> dict[str, object]:
+        lasts = self._outage.lasts
+        return {
+            "store": "down" if lasts else "up",
+            "down_since": round(self._outage.began_at) if lasts else "",
+            "accounts_remembered": self._ledger.accounts_remembered,
+        }
+
     def give_up(self) -> None:
         """Let everybody who still waits have the fallback, within WATCH_INTERVAL."""
         self._ledger.stopping = True
@@ -2954,6 +3158,10 @@ class Committer(threading.Thread):
 # --- Policy ---------------------------------------------------------------------------------------
 
 MAX_INSTANCE = 64  # characters; the column's width
+NO_LOGIN = "no sasl_username"
+OUTCOMES = (  # of a request
+    *("accepted", "refused", "held", "not_enforced", "fallback", "no_login", "uncounted"),
+)
 
 
 class Answer(NamedTuple):
@@ -2964,6 +3172,18 @@ class Answer(NamedTuple):
     verdict: Verdict | None = None
     reason: str = ""  # why nothing was counted
     msg: str = ""  # of the window that the charge is over
+
+    @property
+    def outcome(self) -> str:
+        """One of OUTCOMES."""
+        if not self.verdict:
+            no_login = "no_login" if self.reason == NO_LOGIN else "uncounted"
+            return "fallback" if self.rule else no_login
+        if not self.verdict.over_quota:
+            return "accepted"
+        if not self.verdict.accepted:
+            return "refused"
+        return "held" if self.verdict.window.enforce else "not_enforced"
 
 
 class Message:
@@ -3020,6 +3240,13 @@ class Policy:
             "mail passes uncounted" if passes else f'senders get "450 {self.UNAVAILABLE}"'
         )
 
+    def status(self) -> dict[str, object]:
+        rules = self._rules
+        return {
+            "rules_read_at": round(rules.read_at),
+            "rules_valid": "yes" if rules.is_valid else "no",
+        }
+
     def charge(self, request: Request, message: Message) -> Charge | Answer:
         """What is to be charged for a request; or the answer, if nothing is. `message` is what the
         connection remembers."""
@@ -3063,7 +3290,7 @@ class Policy:
         if request.protocol_state not in self.COUNTED:
             return Answer("DUNNO", reason=f"asked at {request.protocol_state}")
         if not login:
-            return Answer(self._nosasl, reason="no sasl_username")
+            return Answer(self._nosasl, reason=NO_LOGIN)
         if len(login) > MAX_ACCOUNT:
             return Answer("REJECT login name too long", reason="sasl_username is too long")
         return None
@@ -3076,7 +3303,7 @@ class Policy:
         if not verdict.over_quota:
             return Answer(self._accept, rule, verdict)
         msg = refusal_text(message.login, verdict, recipients_of(request))
-        action = self._accept if verdict.accepted else f"{verdict.window.action} {msg}"
+        action = f"{verdict.window.action} {msg}" if verdict.window.enforce else self._accept
         return Answer(action, rule, verdict, msg=msg)
 
 
@@ -3137,14 +3364,16 @@ class SetupHints:
         self._asked_at = self._counted_at = self._misplaced_at = -math.inf
         self._asked: tuple[str, str, str] | None = None  # the last that was accepted
         self._misplaced = ""  # what was asked where nothing can be counted, until it is judged
-        self._was_asked = self._was_asked_twice = False
+        self._was_asked_twice = self._is_late_told = False
+        self.first_request_at = self.last_request_at = 0.0  # Unix time; 0 if there was none
         self._warnings = RateLimit(REMINDER_INTERVAL)
 
     def note(self, request: Request, answer: Answer, last: Request | None) -> None:
         """A request has been answered; `last` is the one that was accepted before it on its
         connection."""
-        if not self._was_asked:
-            self._was_asked = True
+        self.last_request_at = time.time()
+        if not self.first_request_at:
+            self.first_request_at = self.last_request_at
             text = "first request from Postfix: %s, submission login %s"
             log.info(text, request.protocol_state, request.sasl_username or "(none)")
         if answer.verdict:
@@ -3168,8 +3397,9 @@ class SetupHints:
     def remind(self) -> None:
         """Say what has not come. To be called every second or so."""
         now = self._monotonic()
-        if not self._was_asked and now - self._started >= FIRST_REQUEST:
-            self._was_asked = True
+        was_asked = self.first_request_at or self._is_late_told
+        if not was_asked and now - self._started >= FIRST_REQUEST:
+            self._is_late_told = True
             log.warning("no request yet: does Postfix ask? see docs/install.md")
         if self._misplaced and now - self._misplaced_at >= SETTLING:
             is_counted = now - self._counted_at <= REMINDER_INTERVAL
@@ -3219,6 +3449,7 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         self._recv_timeout = 0.0  # seconds, 0 for ever
         self.between_requests = True
         self.has_asked = False
+        self.outcomes = dict.fromkeys(OUTCOMES, 0)  # one thread at a time, see _replying
         self.request.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._set_timeout(socket.SO_SNDTIMEO, self.server.client_timeout)
         self.server.handlers.add(self)
@@ -3245,7 +3476,7 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         if self._pending and not self._pending.give_up():
             with self._replying:  # or the reply would go to whatever gets this descriptor next
                 pass
-        self.server.handlers.discard(self)
+        self.server.forget(self)
         log.debug("[%d] thread stopped : (%.4f)", self.number, time.monotonic() - self._started)
 
     def _read_requests(self) -> None:
@@ -3260,6 +3491,10 @@ class PolicyHandler(socketserver.BaseRequestHandler):
     def _submit(self, request: Request) -> None:
         self._replying.acquire()
         self._pending = None
+        if request.is_status:
+            self._send(self.server.status())
+            self._replying.release()
+            return
         charge = self.server.policy.charge(request, self._message)
         if isinstance(charge, Answer):
             self._reply(request, charge)
@@ -3323,13 +3558,16 @@ class PolicyHandler(socketserver.BaseRequestHandler):
 
     def _reply(self, request: Request, answer: Answer) -> None:
         """Send the reply, as far as the client takes it at once; then log it."""
-        reply = format_reply(answer.action)
-        self._unsent = reply[send_at_once(self.request, reply) :]
+        self._send(format_reply(answer.action))
+        self.outcomes[answer.outcome] += 1
         self.server.log_decision(self.number, request, answer, self._last_accepted)
         self._last_accepted = request if answer.verdict and answer.verdict.accepted else None
+        self._replying.release()
+
+    def _send(self, reply: bytes) -> None:
+        self._unsent = reply[send_at_once(self.request, reply) :]
         self.has_asked = True
         self._last_used = time.monotonic()
-        self._replying.release()
 
     def hang_up(self, how: int) -> None:
         with contextlib.suppress(OSError):
@@ -3360,7 +3598,7 @@ def verdict_line(request: Request, answer: Answer) -> str:
         counted = f"rule={window.rule}, quota {used}/{window.limit_text} ({share:.2f}%),"
         action = window.action if verdict.over_quota else "ACCEPT"
         counted += f" period={window.period}, action={action}"
-        counted += " (not enforced)" if verdict.over_quota and verdict.accepted else ""
+        counted += " (not enforced)" if verdict.over_quota and not window.enforce else ""
         msg = f", msg={answer.msg}" if verdict.over_quota else ""
     recipients = f", recipients={recipients_of(request)}" if request.is_whole_message else ""
     login, rcpt, sender = map(log_value, (request.sasl_username, request.recipient, request.sender))
@@ -3384,7 +3622,11 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.committer = committer
         self.client_timeout = config.bindtimeout  # seconds
         self.handlers: set[PolicyHandler] = set()
+        self._ended = collections.Counter(dict.fromkeys(OUTCOMES, 0))  # of connections that ended
+        self._ending = threading.Lock()
+        self._started = time.monotonic()
         self.log_verdict: Callable[[int, str], None] = log.log
+        self.log_lines_lost: Callable[[], int] = int
         self.hints = SetupHints()
         self._refused_warning = RateLimit(1.0)
         self._allow = config.allow
@@ -3431,6 +3673,33 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.hints.note(request, answer, last)
         if log.isEnabledFor(level):
             self.log_verdict(level, f"[{number}] {verdict_line(request, answer)}")
+
+    def forget(self, handler: PolicyHandler) -> None:
+        """A connection has ended."""
+        with self._ending:
+            self.handlers.discard(handler)
+            self._ended.update(handler.outcomes)
+
+    def status(self) -> bytes:
+        """The reply to request=status: name=value lines, closed by an empty one. Times are Unix
+        times, or empty; requests are counted since the start."""
+        with self._ending:
+            outcomes = collections.Counter(self._ended)
+            for handler in list(self.handlers):
+                outcomes.update(handler.outcomes)
+        first, last = self.hints.first_request_at, self.hints.last_request_at
+        values: dict[str, object] = {
+            "version": __version__,
+            "uptime": int(time.monotonic() - self._started),
+            **self.committer.status(),
+            "connections": len(self.handlers),
+            **{f"requests_{outcome}": outcomes[outcome] for outcome in OUTCOMES},
+            "first_request_at": round(first) or "",
+            "last_request_at": round(last) or "",
+            **self.policy.status(),
+            "log_lines_lost": self.log_lines_lost(),
+        }
+        return "".join(f"{name}={value}\n" for name, value in values.items()).encode() + b"\n"
 
     def get_request(self) -> tuple[Any, Any]:
         try:
@@ -3636,6 +3905,10 @@ def check_rules(config: Config) -> Iterator[str]:
     for rule in rules:
         if doubt := key_doubt(rule.key, config.defaultdomain):
             yield f"{path}: warning: {quoted(rule.key)} {doubt}"
+    endless = [rule.key for rule in rules if holds_without_end(rule)]
+    if endless:
+        why = "HOLD, and no other window refuses: the hold queue grows without end"
+        yield f"{path}: warning: {some(endless)}: {why}"
     coded = [rule.key for rule in rules if any(SMTP_CODE.match(w.msg) for w in rule.windows)]
     if coded:
         yield f"{path}: warning: msg of {some(coded)}: leave out the SMTP code, Postfix adds it"
@@ -3660,6 +3933,13 @@ def key_doubt(key: str, defaultdomain: str) -> str:
         whole = quoted(f"{key}@{defaultdomain}")
         return f"selects no login without a domain: with _defaultdomain that is {whole}"
     return ""
+
+
+def holds_without_end(rule: Rule) -> bool:
+    """Whether nothing bounds what it puts into the hold queue."""
+    holding = [window for window in rule.windows if window.enforce and window.action == "HOLD"]
+    bounded = any(window.refuses and window.msgquota < math.inf for window in rule.windows)
+    return any(window.msgquota < math.inf for window in holding) and not bounded
 
 
 def some(keys: Sequence[str]) -> str:
@@ -3784,6 +4064,7 @@ def run_daemon(config: Config) -> int:
     for risk in risks(config):
         log.warning("%s", risk)
     server.log_verdict = writer.write
+    server.log_lines_lost = lambda: writer.lost
     committer.start()
     threading.Thread(target=server.serve_forever, args=[0.1], daemon=True).start()
     threading.Thread(target=rules.watch, name="rules", daemon=True).start()

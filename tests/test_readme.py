@@ -1239,6 +1239,13 @@ MONITOR = block(OPERATION, "Monitoring", "sh", "| netcat")
 MONITOR_SHORTER = block(OPERATION, "Monitoring", "sh", "| nc -N")
 
 
+STATUS = block(OPERATION, "Monitoring", "", "version=")
+
+
+def names(reply: str) -> list[str]:
+    return [line.partition("=")[0] for line in reply.splitlines() if line]
+
+
 def shipped_rules(daemon: START) -> Daemon:
     """A daemon with the shipped rules."""
     return daemon(rules=json.loads((ROOT / "quotarules.json").read_text("utf-8")))
@@ -1260,7 +1267,7 @@ def test_try_it(daemon: START) -> None:
 def test_monitoring(daemon: START, netcat: str) -> None:
     require(netcat)
     port = ("10008", str(shipped_rules(daemon).port))
-    assert shell(MONITOR, ("netcat", netcat), port) == "action=OK\n\n"
+    assert names(shell(MONITOR, ("netcat", netcat), port)) == names(STATUS)
 
 
 @pytest.mark.parametrize("netcat", ["nc.openbsd -N", "nc.traditional -q1"])
@@ -1269,14 +1276,17 @@ def test_monitoring_without_the_empty_request(daemon: START, netcat: str) -> Non
     documented = re.sub(r"[.]openbsd|[.]traditional", "", netcat)
     assert f"`{documented}`" in DOCUMENTS[OPERATION]
     port = ("10008", str(shipped_rules(daemon).port))
-    assert shell(MONITOR_SHORTER, ("nc -N", netcat), port) == "action=OK\n\n"
+    assert names(shell(MONITOR_SHORTER, ("nc -N", netcat), port)) == names(STATUS)
 
 
 def test_monitoring_sees_a_database_that_is_down(daemon: START) -> None:
     require("nc.openbsd")
     started = daemon({"_sqlitefile": "missing/saslquota.db"})
-    said = shell(MONITOR, ("netcat", "nc.openbsd"), ("10008", str(started.port)))
-    assert said.startswith("action=DEFER_IF_PERMIT ")
+
+    def said() -> str:
+        return shell(MONITOR, ("netcat", "nc.openbsd"), ("10008", str(started.port)))
+
+    wait_for(lambda: "store=down" in said().splitlines(), 10, "it has tried")
 
 
 # --- The log --------------------------------------------------------------------------------------
@@ -1695,11 +1705,66 @@ DROP_INDEX = {
     "MySQL": block(UPGRADING, "From 2.0.0 to 2.1.0", "sql", "ALTER TABLE"),
     "SQLite": block(UPGRADING, "From 2.0.0 to 2.1.0", "sql", "IF EXISTS"),
 }
+ADD_TO_TABLES = block(UPGRADING, "From 2.0.0 to 2.1.0", "sh", "ADD COLUMN")
+# What 2.0's mysql.sql made, and how 2.0 writes into it.
+TABLE_OF_2_0 = """
+DROP TABLE IF EXISTS events, sends;
+CREATE TABLE sends (account VARCHAR(320) NOT NULL, seq BIGINT NOT NULL, epoch INT NOT NULL,
+    at DATETIME(6) NOT NULL, recipients INT NOT NULL, total BIGINT NOT NULL,
+    instance VARCHAR(64) NOT NULL, token BIGINT NOT NULL, PRIMARY KEY (account, seq),
+    KEY sends_at (at)) ENGINE=InnoDB DEFAULT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin;
+"""
+INSERT_OF_2_0 = (
+    "INSERT INTO sends (account, seq, epoch, at, recipients, total, instance, token)"
+    " VALUES ('{}', {}, 1, UTC_TIMESTAMP(6), 1, {}, '', 1)"
+)
 OLD_INDEX = "CREATE INDEX sends_window ON sends (account, epoch, at, seq, total, recipients)"
 OLD_TABLE = (
     "CREATE TABLE `{}` (`sasl_username` VARCHAR(320) NOT NULL, `date` DATETIME(6) NOT NULL,"
     " PRIMARY KEY (`sasl_username`, `date`)) ENGINE = InnoDB"
 )
+
+
+def test_the_tables_of_2_0_are_changed_while_it_counts(daemon: START, database: Database) -> None:
+    database.sql(TABLE_OF_2_0)
+    database.sql(INSERT_OF_2_0.format(BOB, 1, 1))
+    rules = {"default": {"period": "1h", "msgquota": 3, "msg": "enough"}}
+    old = daemon(database.config(), rules)
+    with old.policy() as policy:
+        assert policy.ask(sasl_username=BOB).startswith("DEFER_IF_PERMIT ")
+        said = wait_for_log(old, r'run mysql \S+ -e "ALTER TABLE sends')[0]
+        assert said[said.index('"ALTER') :] + "\n" in ADD_TO_TABLES
+        server = database.server
+        client = f"{server.CLIENT} --no-defaults -uroot -S{server.socket} {database.name}"
+        shell(ADD_TO_TABLES, ("mysql saslquota", client))
+        wait_for(lambda: policy.ask(sasl_username=BOB) == "OK", 10, "it counts")
+        database.sql(INSERT_OF_2_0.format(BOB, 3, 3))
+        assert policy.ask(sasl_username=BOB) == "REJECT enough"
+    assert database.sql("SELECT COUNT(*) FROM events") == "0"
+
+
+def test_a_sqlite_file_of_2_0_is_changed_at_the_start(
+    daemon: START, new_directory: Callable[[], Path]
+) -> None:
+    path = new_directory() / "old.db"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(
+            "CREATE TABLE sends (account TEXT NOT NULL, seq INTEGER NOT NULL, epoch INTEGER"
+            " NOT NULL, at INTEGER NOT NULL, recipients INTEGER NOT NULL, total INTEGER NOT NULL,"
+            " instance TEXT NOT NULL, token INTEGER NOT NULL, PRIMARY KEY (account, seq))"
+            " WITHOUT ROWID"
+        )
+        now = "CAST(strftime('%s', 'now') AS INTEGER) * 1000000"
+        connection.execute(f"INSERT INTO sends VALUES ('{BOB}', 1, 1, {now}, 1, 1, '', 1)")
+        connection.commit()
+    rules = {"default": {"period": "1h", "msgquota": 3, "msg": "enough"}}
+    one, two = (daemon({"_sqlitefile": str(path)}, rules) for _ in range(2))
+    for started, answer in ((one, "OK"), (two, "OK"), (one, "REJECT enough")):
+        with started.policy() as policy:
+            assert policy.ask(sasl_username=BOB, client_address="192.0.2.7") == answer
+    with closing(sqlite3.connect(path)) as connection:
+        found = connection.execute("SELECT CAST(client_address AS BLOB) FROM sends ORDER BY seq")
+        assert found.fetchall() == [(b"",), (b"\xc0\x00\x02\x07",), (b"\xc0\x00\x02\x07",)]
 
 
 class OldLog(NamedTuple):

@@ -176,6 +176,12 @@ class PolicyClient:
         assert (line[:7], line[-1:], end) == (b"action=", b"\n", b"\n"), (line, end)
         return line[7:-1].decode("utf-8")
 
+    def status(self) -> dict[str, str]:
+        """Ask the daemon how it is."""
+        self.send(b"request=status\n\n")
+        lines = iter(self._stream.readline, b"\n")
+        return dict(line.decode().rstrip("\n").split("=", 1) for line in lines)
+
     def unread(self) -> int:
         """Tell how many bytes have come that nobody has read."""
         number = array("i", [0])
