@@ -276,10 +276,14 @@ def complain(store: Store, account: str, reason: str) -> int:
 
 def similar(store: Store, account: str) -> str:
     """If an account has never sent: which others of its domain or local part have."""
-    known = {name for (name,) in store.run("SELECT DISTINCT account FROM sends")}
+    known = [name for (name,) in store.run("SELECT DISTINCT account FROM sends")]
     local, _, domain = account.rpartition("@")
-    near = [n for n in known if n.startswith(f"{local}@") or (domain and n.endswith(f"@{domain}"))]
-    names = [] if account in known else difflib.get_close_matches(account, near, 3)
+    parts = [(name.rpartition("@"), name) for name in known]
+    by_local = {its: name for (its, _, its_domain), name in parts if its_domain == domain}
+    by_domain = {its: name for (its_local, _, its), name in parts if its_local == local}
+    names = [by_local[its] for its in difflib.get_close_matches(local, by_local, 3)]
+    names += [by_domain[its] for its in difflib.get_close_matches(domain, by_domain, 3)]
+    names = [] if account in names else names[:3]
     return f"; known: {', '.join(map(spelled, names))}" if names else ""
 
 
@@ -485,7 +489,7 @@ def daemon_part(session: Session) -> Part:
     asked = {n[9:]: v for n, v in row.items() if n.startswith("requests_") and v}
     lines = [
         f"daemon   {where} answers in {took} ms: {', '.join(said)}",
-        f"Postfix  asked last: {format_moment(last, session.now) if last else 'never'};"
+        f"Postfix  asked last: {format_moment(last, time.time_ns() // 1000) if last else 'never'};"
         f" in {saslquota.format_time(up)}: {', '.join(f'{v} {n}' for n, v in asked.items())}",
     ]
     is_doubtful = row.get("rules_valid") == "no" or (last is None and up > 3600)
