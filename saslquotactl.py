@@ -64,6 +64,7 @@ from saslquota import (
 )
 
 STATEMENT_TIMEOUT = 60  # seconds; a table of a month is read in less
+PATIENCE = 20.0  # seconds that others are waited for who write at the same moment
 OK, WARNING, FAILED = 0, 1, 2  # exit statuses, as Nagios has them
 
 
@@ -154,6 +155,7 @@ class Session:
             path = config.beside(config.sqlitefile)
             if not path.exists():
                 raise ControlError(f"{path}: does not exist: the daemon makes it at its start")
+            store.statement_timeout = PATIENCE
             user = saslquota.daemon_user(config, "")  # files that root makes it could not write
         with saslquota.rights_of(user) if user else contextlib.nullcontext():
             store.open()
@@ -568,8 +570,6 @@ def status(session: Session, arguments: argparse.Namespace) -> int:
 
 # --- Orders ---------------------------------------------------------------------------------------
 
-PATIENCE = 20.0  # seconds that an order is tried for while others write to the same account
-
 
 class Pointless(ControlError):
     """It would change nothing."""
@@ -582,8 +582,8 @@ def moment_of(text: str, now: int) -> int:
     try:
         if re.fullmatch("[0-9]+[smhdw]", text):
             until: float = seconds + saslquota.read_period(text)
-        elif re.fullmatch("[0-9]{1,2}:[0-9]{2}", text):  # of today; of tomorrow, if it is 25 h long
-            later = (time.localtime(seconds + more) for more in (0, 86_400, 90_000))
+        elif re.fullmatch("[0-9]{1,2}:[0-9]{2}", text):  # today or tomorrow: days have 23 to 25 h
+            later = (time.localtime(seconds + more) for more in (0, 82_800, 90_000))
             times = (datetime.fromisoformat(f"{time.strftime('%F', d)} {text:0>5}") for d in later)
             until = next(at for at in map(datetime.timestamp, times) if at > seconds)
         else:
@@ -643,7 +643,7 @@ def place_at_last(store: Store, wanted: Row) -> tuple[Row, Row | None, bool]:
 
 def order(session: Session, arguments: argparse.Namespace) -> int:
     account, store, now = session.account(arguments.LOGIN), session.store, session.now
-    kind, name, note = arguments.kind, spelled(account), saslquota.valid_utf8(arguments.NOTE)
+    kind, name, note = arguments.kind, spelled(account), arguments.NOTE
     if not 0 < len(account) <= saslquota.MAX_ACCOUNT or len(note) > 400:
         raise ControlError("a login has 1 to 320 characters, a note 400 at most")
     author = os.environ.get("SUDO_USER") or saslquota.user_name(os.getuid())
@@ -687,14 +687,17 @@ def period(text: str) -> int:
 
 TIME = '18:00, 2026-12-24, "2026-12-24 18:00", 2h, 3d; else a grant lasts 24h, a block for good'
 ARGUMENTS: dict[str, dict[str, Any]] = {
-    "LOGIN": {"help": "in any spelling; a pool: @example.com, or '*'"},
+    "LOGIN": {
+        "type": saslquota.valid_utf8,
+        "help": "in any spelling; a pool: @example.com, or '*'",
+    },
     "N": {"type": number, "help": "recipients"},
     "-q": {"dest": "quiet", "action": "store_true", "help": "exit status only"},
     "-p": {"dest": "PERIOD", "type": period, "help": "how far back: 1h, 7d"},
     "-n": {"dest": "LINES", "type": number, "default": 20, "help": "of a list (default: 20)"},
     "--addresses": {"action": "store_true", "help": "who sends from most addresses comes first"},
     "--until": {"dest": "TIME", "default": "", "help": TIME},
-    "-m": {"dest": "NOTE", "default": "", "help": "why, for who asks later"},
+    "-m": {"dest": "NOTE", "type": saslquota.valid_utf8, "default": "", "help": "why"},
 }
 COMMANDS = """\
 status -q: does it work, and who is stuck

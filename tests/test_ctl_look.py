@@ -4,107 +4,26 @@ import json
 import socketserver
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
+from ctl import Ctl, Site
 from fleet import Fleet
 from helpers import DAY, StartDaemon, examples, mysql_config
 from hypothesis import given
 from hypothesis import strategies as st
 from servers.audit import SECOND
 from servers.mariadb import Database
-from servers.ports import LOOPBACK, free_port
+from servers.ports import LOOPBACK
 
 import saslquotactl
-from saslquota import Config, Entry, MySQLStore, SQLiteStore, Store, Window
-from saslquotactl import Session, main, measure
+from saslquota import Config, Entry, MySQLStore, Window
+from saslquotactl import Session, measure
 
 BOB, ANN = "bob@example.com", "ann@example.com"
 HOME, CAFE, THIEF = (bytes([192, 0, 2, number]) for number in (1, 2, 3))
-RULES = {
-    "default": [{"period": "1h", "msgquota": 10}, {"period": "1d", "msgquota": 100}],
-    "@school.example": {"period": "1d", "msgquota": 10},
-    "free@example.com": {"period": "1h", "msgquota": "unlimited"},
-    "none@example.com": {"period": "1h", "msgquota": 0},
-    "soft@example.com": {"period": "1h", "msgquota": 5, "enforce": False},
-    "held@example.com": {"period": "1h", "msgquota": 5, "action": "HOLD"},
-}
-
-
-class Site:
-    """A ledger, its settings and rules, and the script that looks at it."""
-
-    def __init__(self, directory: Path, store: Store, settings: dict[str, object]) -> None:
-        self.config = directory / "saslquota.json"
-        self.store = store
-        self.settings = {"_bind": LOOPBACK, "_bindport": free_port(), **settings}
-        self.config.write_text(json.dumps(self.settings))
-        self.rules = directory / "quotarules.json"
-        self.rules.write_text(json.dumps(RULES))
-        store.open()
-        self._chains: dict[str, tuple[int, int, int]] = {}
-
-    def sends(self, account: str, number: int, ago: float = 60, **changes: object) -> None:
-        """Sends of one recipient each, so many seconds ago."""
-        seq, epoch, total = self._chains.get(account, (0, 1, 0))
-        at = self.store.now() - round(ago * SECOND)
-        entries = [
-            Entry(account, seq + n, epoch, at, 1, total + n, "i", 7)._replace(**changes)  # type: ignore[arg-type]
-            for n in range(1, number + 1)
-        ]
-        self._chains[account] = seq + number, epoch, total + number
-        self.store.append(entries)
-
-    def event(self, account: str, kind: str, ago: float = 60, **values: object) -> None:
-        """Times among the values are seconds from now."""
-        names = {"until", "last", "told"}
-        now = self.store.now()
-        given = {"author": "root", "note": "", "number": 1, "at": now - round(ago * SECOND)}
-        given |= {
-            n: now + round(v * SECOND) if n in names else v  # type: ignore[operator]
-            for n, v in values.items()
-        }
-        given |= {"account": account, "kind": kind}
-        marks = [self.store.BIND_TIME if n in (*names, "at") else "?" for n in given]
-        sql = f"INSERT INTO events ({', '.join(given)}) VALUES ({', '.join(marks)})"
-        self.store.run(sql, list(given.values()))  # type: ignore[arg-type]
-
-
-@pytest.fixture(params=["sqlite", pytest.param("mariadb", marks=pytest.mark.server)])
-def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
-    if request.param == "sqlite":
-        store: Store = SQLiteStore(tmp_path / "saslquota.db", 5)
-        settings: dict[str, object] = {"_store": "sqlite"}
-    else:
-        database: Database = request.getfixturevalue("database")
-        store, settings = MySQLStore(mysql_config(database)), database.config()
-    made = Site(tmp_path, store, settings)
-    with closing(store):
-        yield made
-
-
-@pytest.fixture
-def local(tmp_path: Path) -> Iterator[Site]:
-    """Where the store makes no difference."""
-    with closing(SQLiteStore(tmp_path / "saslquota.db", 5)) as store:
-        yield Site(tmp_path, store, {"_store": "sqlite"})
-
-
-@pytest.fixture
-def ctl(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """Run the script; its exit status, and what it prints."""
-
-    def run(site: Site, *arguments: str) -> tuple[int, str]:
-        status = main(["-c", str(site.config), *arguments])
-        done = capsys.readouterr()
-        return status, done.out + done.err
-
-    return run
-
-
-Ctl = Callable[..., tuple[int, str]]
 
 
 def rows_of(text: str) -> list[dict[str, object]]:
