@@ -327,7 +327,7 @@ def debits_of(rules: Rules, account: str) -> Debits:
 def measure(session: Session, charges: Sequence[Debits]) -> list[list[Row]]:
     """What is used of each window of each charge: as the ledger counts, and its orders are."""
     store, uses = session.store, []
-    store.orders(0)  # without the table events a daemon counts on, and says so; we fail
+    saslquota.Events(store).orders(0)  # fails where there is no such table
     orders = saslquota.Orders(store, session.config.retentiondays * 24 * HOUR, time.monotonic)
     for lot in (charges[begin : begin + LOT] for begin in range(0, len(charges), LOT)):
         accounts = Accounts(store, saslquota.Clock(store, time.monotonic), time.monotonic)
@@ -538,7 +538,7 @@ def store_parts(session: Session) -> Iterator[Part]:
     for event in events:
         times = [format_moment(event[name], now) for name in ("at", "last")]
         use = uses.get(event["account"])
-        why = event["note"] or (describe_use(use) if use else "")
+        why = describe_use(use) if use else event["note"]
         told = "yes" if event["told"] else "no"
         cells.append([*times, event["amount"], told, spelled(event["account"]), why])
     heading = "SINCE", "LAST", "REFUSED", "TOLD", "ACCOUNT", "WHY"

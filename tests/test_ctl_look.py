@@ -2,6 +2,7 @@
 
 import json
 import socketserver
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -11,12 +12,13 @@ from pathlib import Path
 import pytest
 from ctl import Ctl, Site
 from fleet import Fleet
-from helpers import DAY, StartDaemon, examples, mysql_config
+from helpers import DAY, StartDaemon, examples, mysql_config, require
 from hypothesis import given
 from hypothesis import strategies as st
 from servers.audit import SECOND
 from servers.mariadb import Database
 from servers.ports import LOOPBACK
+from servers.process import ROOT, clean_environment, run
 
 import saslquotactl
 from saslquota import Config, Entry, MySQLStore, Window
@@ -455,3 +457,34 @@ def test_without_the_table_of_events(
             if command != ["status", "-q"]:
                 assert said.count("\n") == 1
                 assert f"run mysql {database.name} < mysql.sql" in said
+
+
+# --- Completion -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("saslquotactl.py ", {"status", "top", "show", "reset", "grant", "block", "unblock"}),
+        ("saslquotactl.py -c /etc/x.json un", {"unblock"}),
+        ("saslquotactl.py top --", {"--help", "--addresses"}),
+        ("saslquotactl.py -c x block -", {"-h", "--help", "--until", "-m"}),
+        ("saslquotactl.py -", {"-h", "--help", "-c", "--json", "--version"}),
+        ("saslquotactl.py show bo", set()),
+    ],
+)
+def test_completion(tmp_path: Path, line: str, offered: set[str]) -> None:
+    """What bash offers at the end of a line."""
+    require("bash")
+    script = tmp_path / "saslquotactl.py"
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/saslquotactl.py "$@"\n')
+    script.chmod(0o755)
+    words = line.split(" ")
+    words[0] = str(script)
+    code = '. "$0"; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _saslquotactl'
+    code += '; printf "%s\\n" "${COMPREPLY[@]}"'
+    completion = ROOT / "contrib" / "completion" / "saslquotactl.bash"
+    said = run(["bash", "-c", code, completion, *words], env=clean_environment())
+    found = set(said.split())
+    assert found >= offered
+    assert bool(found) is bool(offered)
