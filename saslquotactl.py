@@ -301,12 +301,6 @@ def is_in_force(order: Row | None, kind: str, now: int) -> bool:
     return order is not None and order["kind"] == kind and (order["until"] or math.inf) > now
 
 
-def newest_orders(store: Store) -> list[Row]:
-    """Of each account, in force or not."""
-    events = read_events(store, f"kind IN {ORDERS}")
-    return list({event["account"]: event for event in reversed(events)}.values())
-
-
 def describe_event(event: Row, now: int) -> str:
     """As in "grant +2000 until 23:00:00, by root: summer sale"."""
     amount = {"grant": f" +{event['amount']}", "refused": f" {event['amount']}"}
@@ -351,10 +345,7 @@ def uses_of(accounts: Accounts, orders: Orders, debit: Debit, now: Now) -> Itera
         found = [(window, 0) for window, _ in found]
     for window, used in found:
         limit, action = window.msgquota, window.action if window.enforce else "none"
-        percent, is_blocked = (
-            round(100 * used / limit) if limit else 100,
-            window.rule == BLOCKED.rule,
-        )
+        percent, is_blocked = round(100 * used / (limit or 1)), window.msg == BLOCKED.msg
         fits_at = now.clock if used < limit else None
         if used >= limit > 0:
             total = account.total + 1 - int(limit)
@@ -368,16 +359,17 @@ def describe_use(use: Row) -> str:
     if use["blocked"]:
         return "blocked"
     limit = "unlimited" if use["limit"] is None else use["limit"]
-    rule = f"{'pool' if use['account'].startswith(POOL_PREFIX) else 'rule'} {use['rule']}"
+    kind = "pool" if use["account"].startswith(POOL_PREFIX) else "rule"
+    rule = f"{kind} {use['rule']}{', not enforced' if use['action'] == 'none' else ''}"
     return f"{use['used']}/{limit} in {saslquota.format_time(use['period'])}, {rule}"
 
 
 def describe_fullness(use: Row, now: int) -> str:
     """As in "1490/400 in 1h, rule default (373%): refused until 13:52:01"."""
     at, text = use["fits_at"], f"{describe_use(use)} ({use['percent']}%)"
-    if at is not None and at <= now:
+    if use["action"] == "none" or (at is not None and at <= now):
         return text
-    verdict = {"HOLD": "held", "none": "over it, not enforced"}.get(use["action"], "refused")
+    verdict = "held" if use["action"] == "HOLD" else "refused"
     return f"{text}: {verdict}{' until ' if at else ''}{format_moment(at, now)}"
 
 
@@ -396,8 +388,8 @@ def tally(store: Store, key: str, which: str, values: Sequence[Value]) -> list[R
 
 
 def fullest(uses: Iterable[Row]) -> Row:
-    """The window nearest its limit."""
-    return max(uses, key=lambda use: (use["blocked"], use["percent"]))
+    """The window nearest its limit; empty if there is none."""
+    return max(uses, key=lambda use: (use["blocked"], use["percent"]), default={})
 
 
 def top(session: Session, arguments: argparse.Namespace) -> int:
@@ -499,8 +491,13 @@ def daemon_part(session: Session) -> Part:
     return level, lines, [{"what": "daemon", "address": where, "milliseconds": took, **row}]
 
 
+def is_filling(use: Row) -> bool:
+    is_limit = use["action"] != "none" and use["limit"]
+    return use["blocked"] or bool(is_limit and use["percent"] >= NEAR)
+
+
 def filling(session: Session) -> list[Row]:
-    """The fullest window of each account that may have filled NEAR percent of one."""
+    """The fullest window of each account that has used NEAR percent of a limit, or is blocked."""
     store, rules = session.store, session.rules
     longest = max(window.period for rule in rules for window in rule.windows)
     sql = (
@@ -511,7 +508,8 @@ def filling(session: Session) -> list[Row]:
         debits = debits_of(rules, account)[:1]
         if any(100 * sent >= NEAR * window.msgquota for d in debits for window in d.windows):
             charges.append(debits)
-    return [fullest(uses) for uses in measure(session, charges)]
+    uses = [[use for use in each if is_filling(use)] for each in measure(session, charges)]
+    return [fullest(each) for each in uses if each]
 
 
 def listed(title: str, rows: list[Row], lines: list[str], level: int) -> Part:
@@ -543,14 +541,13 @@ def store_parts(session: Session) -> Iterator[Part]:
         cells.append([*times, event["amount"], told, spelled(event["account"]), why])
     heading = "SINCE", "LAST", "REFUSED", "TOLD", "ACCOUNT", "WHY"
     yield listed("refused in the last hour", events, table(cells, heading), WARNING)
-    limited = (use for use in uses.values() if use["limit"] and use["action"] != "none")
-    near = [use for use in limited if use["percent"] >= NEAR]
+    near = [use for use in uses.values() if not use["blocked"]]
     near.sort(key=lambda use: -use["percent"])
     cells = [[f"{use['percent']}%", spelled(use["account"]), describe_use(use)] for use in near]
     yield listed("near the limit", near, table(cells), WARNING)
-    orders = newest_orders(store)
+    orders = {row["account"]: row for row in reversed(read_events(store, f"kind IN {ORDERS}"))}
     for kind, title, level in (("block", "blocked", WARNING), ("grant", "granted more", OK)):
-        rows = [order for order in orders if is_in_force(order, kind, now)]
+        rows = [order for order in orders.values() if is_in_force(order, kind, now)]
         lines = [f"{spelled(row['account'])}: {describe_event(row, now)}" for row in rows]
         yield listed(title, rows, lines, level)
 

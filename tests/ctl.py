@@ -15,6 +15,10 @@ RULES = {
     "free@example.com": {"period": "1h", "msgquota": "unlimited"},
     "none@example.com": {"period": "1h", "msgquota": 0},
     "soft@example.com": {"period": "1h", "msgquota": 5, "enforce": False},
+    "both@example.com": [
+        {"period": "1h", "msgquota": 5, "enforce": False},
+        {"period": "1h", "msgquota": 10, "msg": "no more"},
+    ],
     "held@example.com": {"period": "1h", "msgquota": 5, "action": "HOLD"},
 }
 

@@ -247,8 +247,8 @@ def test_nothing_is_called_new_where_no_address_is_known_from_before(local: Site
     [
         (BOB, "12/10 in 1h, rule default (120%): refused until "),
         ("free@example.com", "12/unlimited in 1h, rule free@example.com (0%)\n"),
-        ("none@example.com", "12/0 in 1h, rule none@example.com (100%): refused\n"),
-        ("soft@example.com", "(240%): over it, not enforced until "),
+        ("none@example.com", "12/0 in 1h, rule none@example.com (1200%): refused\n"),
+        ("soft@example.com", "12/5 in 1h, rule soft@example.com, not enforced (240%)\n"),
         ("held@example.com", "(240%): held until "),
     ],
 )
@@ -380,12 +380,14 @@ def test_somebody_is_near_the_limit(site: Site, ctl: Ctl) -> None:
         site.sends(f"{login}@example.com", 20)
     site.sends("POOL @school.example", 9)
     site.sends("gone@example.com", 9, ago=7200)
+    site.sends("both@example.com", 9)
     with answering(site):
         status, said = ctl(site, "--json", "status")
     assert status == 1
     near = [row for row in rows_of(said) if row["what"] == "near the limit"]
     assert [(row["account"], row["percent"]) for row in near] == [
         ("@school.example", 90),
+        ("both@example.com", 90),
         (BOB, 80),
     ]
 
