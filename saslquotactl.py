@@ -366,8 +366,9 @@ def describe_use(use: Row) -> str:
 
 def describe_fullness(use: Row, now: int) -> str:
     """As in "1490/400 in 1h, rule default (373%): refused until 13:52:01"."""
-    at, text = use["fits_at"], f"{describe_use(use)} ({use['percent']}%)"
-    if use["action"] == "none" or (at is not None and at <= now):
+    at, text = use["fits_at"], describe_use(use)
+    text += "" if use["blocked"] else f" ({use['percent']}%)"
+    if use["blocked"] or use["action"] == "none" or (at is not None and at <= now):
         return text
     verdict = "held" if use["action"] == "HOLD" else "refused"
     return f"{text}: {verdict}{' until ' if at else ''}{format_moment(at, now)}"
@@ -413,21 +414,22 @@ def top(session: Session, arguments: argparse.Namespace) -> int:
 
 def sends_of(store: Store, account: str, start: int) -> tuple[list[Row], list[Row]]:
     """What an account has sent since then: by sender (in a pool by login), and by address. An
-    address is "new" when it never sent before, None when none is known from before."""
+    address is "new" when it never sent before; None in a pool, or when none is known from then."""
     name, key, which = spelled(account), "sender", "account = ?"
-    if name != account:
+    if name == "*":
+        name, key, which = account, "account", f"account <> ? AND {NO_POOL}"
+    elif name != account:
         key, which = "account", f"SUBSTR(account, {-len(name)}) = ? AND {NO_POOL}"
-        name, which = ("POOL *", f"account <> ? AND {NO_POOL}") if name == "*" else (name, which)
-    columns = (key, ">="), ("client_address", ">="), ("client_address", "<")
-    senders, addresses, before = (
-        tally(store, column, f"{which} AND at {than} TIME", [name, start])
-        for column, than in columns
-    )
-    known = {row["client_address"] for row in before if row["client_address"]}
+    senders = tally(store, key, f"{which} AND at >= TIME", [name, start])
+    addresses = tally(store, "client_address", f"{which} AND at >= TIME", [name, start])
+    known = set()
+    if key == "sender":
+        before = tally(store, "client_address", f"{which} AND at < TIME", [name, start])
+        known = {row["client_address"] for row in before if row["client_address"]}
     for row in senders:
         row["sender"] = row.pop(key) or account
     for row in (addresses := [row for row in addresses if row["client_address"]]):
-        packed = row.pop("client_address")
+        packed = row["client_address"]
         row["new"] = packed not in known if known else None
         row["client_address"] = str(ipaddress.ip_address(bytes(packed)))
     return senders, addresses
@@ -444,8 +446,9 @@ def show(session: Session, arguments: argparse.Namespace) -> int:
     senders, addresses = sends_of(store, account, start)
     new, sent = [row["new"] for row in addresses], sum(row["sent"] for row in senders)
     seen = "none known from before" if None in new else f"{sum(new)} of them never seen before"
+    is_shown = new and account == spelled(account)
     many = f"as {len(senders)} sender{'s' * (len(senders) != 1)}, from {len(addresses)} address"
-    many += f"{'es' * (len(addresses) != 1)}{f', {seen}' if new else ''}"
+    many += f"{'es' * (len(addresses) != 1)}{f', {seen}' if is_shown else ''}"
     lines = [f"{spelled(account)}:", *(f"  {describe_fullness(use, now)}" for use in uses)]
     lines.append(f"sent since {format_moment(start, now)}: {sent}{f', {many}' if sent else ''}")
     for rows, name in ((senders, "sender"), (addresses, "client_address")):

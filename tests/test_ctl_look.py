@@ -171,6 +171,14 @@ def test_a_blocked_sender_is_called_so(local: Site, ctl: Ctl, account: str) -> N
     assert "  blocked  " in ctl(local, "top")[1]
 
 
+def test_show_of_a_blocked_sender(local: Site, ctl: Ctl) -> None:
+    local.sends(BOB, 12)
+    local.event(BOB, "block", note="phished")
+    lines = ctl(local, "show", BOB)[1].splitlines()
+    assert lines[:2] == [f"{BOB}:", "  blocked"]
+    assert lines[-1].endswith("block, by root: phished")
+
+
 def test_a_block_that_is_over_is_none(local: Site, ctl: Ctl) -> None:
     local.sends(BOB, 12)
     local.event(BOB, "block", until=-1)
@@ -271,7 +279,7 @@ def test_show_of_a_pool_names_who_fills_it(site: Site, ctl: Ctl) -> None:
         ("kim@school.example", 6),
         ("lee@school.example", 2),
     ]
-    assert [r["new"] for r in found if r["what"] == "address"] == [False]
+    assert [r["new"] for r in found if r["what"] == "address"] == [None]
     site.event("POOL *", "block")
     _, said = ctl(site, "--json", "show", "*")
     assert [(r["what"]) for r in rows_of(said)] == ["sender"] * 3 + ["address", "event"]
