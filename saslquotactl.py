@@ -776,12 +776,17 @@ def metrics_text(said: Mapping[str, str], counted: Mapping[str, int]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def newest_orders(store: Store) -> list[Row]:
+    orders = read_events(store, f"kind IN {ORDERS}")
+    return list({order["account"]: order for order in reversed(orders)}.values())
+
+
 def count_for_metrics(store: Store) -> dict[str, int]:
     now = store.now()
     events = read_events(store, "kind = 'refused' AND at >= TIME", [now - 25 * HOUR])
     refused = {event["account"] for event in events if (event["last"] or 0) >= now - HOUR}
     untold = [event for event in events if not event["told"] and event["at"] >= now - 24 * HOUR]
-    blocked = [order for order in read_orders(store).values() if is_in_force(order, "block", now)]
+    blocked = [order for order in newest_orders(store) if is_in_force(order, "block", now)]
     names = "refused_senders", "blocked_senders", "incidents_untold"
     return dict(zip(names, map(len, (refused, blocked, untold)), strict=True))
 
@@ -795,6 +800,11 @@ def metrics(session: Session, _: argparse.Namespace) -> int:
         counted = count_for_metrics(session.store)
     print(metrics_text(said, counted), end="")
     return OK
+
+
+def add_metrics_commands(commands: Any) -> None:
+    text = "print figures for Prometheus: node_exporter's textfile, or see saslquotawatch.py"
+    commands.add_parser("metrics", help=text, description=text).set_defaults(command=metrics)
 
 
 # --- main -----------------------------------------------------------------------------------------
@@ -811,11 +821,10 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     adders: list[Callable[[Any], None]] = [  # add_..._commands() of each section
         add_look_and_orders_commands,
+        add_metrics_commands,
     ]
     for add in adders:
         add(commands)
-    more = "For node_exporter's textfile; saslquotawatch.py serves the same at /metrics."
-    add_command(commands, "metrics", metrics, "print figures for Prometheus", more)
     return parser
 
 

@@ -84,7 +84,8 @@ def is_enforced(session: Session, event: Row) -> bool:
     """Whether an incident's quota refuses anything, as the rules are now."""
     account, note = event["account"], NOTE.fullmatch(event["note"])
     with contextlib.suppress(saslquota.ConfigError):
-        for window in ctl.windows_of(session.rules, account)[account]:
+        debits = ctl.debits_of(session.rules, account)[:1]
+        for window in (window for debit in debits for window in debit.windows):
             if note and note.group("rule", "period") == (window.rule, str(window.period)):
                 return window.refuses
     return True
@@ -178,11 +179,11 @@ def chart(title: str, sent: Mapping[int, int], refused: Mapping[int, int], hours
 
 def recipients_by_hour(store: Store, known: dict[int, int], hour: int) -> None:
     """Bring what is known of each hour up to date: what is older than the last two stays."""
-    what = f"{store.SELECT_AT} {'/' if isinstance(store, SQLiteStore) else 'DIV'} {HOUR}"
+    divided = f"{'/' if isinstance(store, SQLiteStore) else 'DIV'} {HOUR}"
+    what = f"{store.TIME.format('at')} {divided}"
     sql = f"SELECT {what}, CAST(SUM(recipients) AS SIGNED) FROM sends WHERE at >= TIME"
-    pools = f"SUBSTR(account, 1, 5) <> '{POOL_PREFIX}'"
     first = max(hour - 24 * 7, min(hour, max(known, default=0)) - 1)
-    known.update(run(store, f"{sql} AND {pools} GROUP BY {what}", [first * HOUR]))
+    known.update(run(store, f"{sql} AND {ctl.NO_POOL} GROUP BY {what}", [first * HOUR]))
 
 
 def refused_by_hour(events: Iterable[Row], now: int) -> dict[int, int]:
@@ -210,34 +211,38 @@ def refused_now(session: Session, events: Iterable[Row]) -> Iterator[Sequence[ob
 
 
 def ordered(session: Session, kind: str, verb: str) -> Iterator[Sequence[object]]:
-    for order in ctl.read_orders(session.store).values():
+    for order in ctl.newest_orders(session.store):
         if ctl.is_in_force(order, kind, session.now):
             todo = tag("code", command(verb, order["account"]))
             yield spelled(order["account"]), ctl.describe_event(order, session.now), todo
 
 
 def top(session: Session, rows: Sequence[Row]) -> Iterator[Sequence[object]]:
-    try:
-        rules = session.rules
-    except saslquota.ConfigError as error:
-        yield (tag("b", error),)
-        return
-    windows = {row["name"]: ctl.windows_of(rules, row["name"])[row["name"]] for row in rows}
-    uses = sorted(ctl.measure(session.store, windows), key=lambda use: int(use["percent"]))
-    fullest = {use["account"]: use for use in uses}
-    for row in rows:
-        use = fullest[row["name"]]
-        meter = tag("meter", max=100, high=80, value=use["percent"])
-        yield row["name"], row["sent"], row["addresses"], meter, ctl.describe_use(use)
+    found: list[list[Row]] = [[] for _ in rows]
+    with contextlib.suppress(saslquota.ConfigError):
+        found = ctl.measure(session, [ctl.debits_of(session.rules, row["account"]) for row in rows])
+    now = session.store.now()
+    for row, uses in zip(rows, found, strict=True):
+        use = ctl.fullest(uses)
+        quota = ctl.describe_fullness(use, now) if use else ""
+        meter = tag("meter", max=100, high=ctl.NEAR, value=use.get("percent", 0))
+        yield row["account"], row["sent"], row["addresses"], meter, quota
 
 
 def unusual(session: Session, rows: Iterable[Row]) -> Iterator[Sequence[object]]:
     start = session.now - DAY
     for row in [row for row in rows if row["addresses"] >= UNUSUAL][:FEW]:
-        _, _, new, text = origins(session.store, row["name"], start)
+        _, _, new, text = origins(session.store, row["account"], start)
         if new >= UNUSUAL:
-            todo = tag("code", command("show", row["name"]))
-            yield row["name"], f"{row['sent']} sent{text}", todo
+            todo = tag("code", command("show", row["account"]))
+            yield row["account"], f"{row['sent']} sent{text}", todo
+
+
+def rules_line(session: Session) -> Html:
+    try:
+        return tag("span", f"rules    {session.config.quotafile}: {len(list(session.rules))} rules")
+    except saslquota.ConfigError as error:
+        return tag("b", f"rules    {error}")
 
 
 class Page:
@@ -249,14 +254,12 @@ class Page:
         self._sent: dict[int, int] = {}  # by hour
 
     def make(self) -> bytes:
-        session = Session(self._config)
-        vars(session)["now"] = time.time_ns() // 1000  # the database may be down
-        daemon = ctl.daemon_part(session)
-        lines = [tag("b" if daemon.level else "span", line) for line in daemon.lines]
+        level, said, _ = ctl.daemon_part(Session(self._config))
+        lines = [tag("b" if level else "span", line) for line in said]
         parts: list[Html] = []
         try:
             with self._database.session() as session:
-                lines.append(tag("span", f"store    {session.store}"))
+                lines += [tag("span", f"store    {session.store}"), rules_line(session)]
                 parts = list(self._tables(session))
         except SaslQuotaError as error:
             lines.append(tag("b", f"database {error}"))
@@ -282,9 +285,9 @@ class Page:
         for title, kind, verb in (("Blocked", "block", "unblock"), ("Granted", "grant", "show")):
             yield listed(title, "who, order, what to do", ordered(session, kind, verb))
         heading = "who, sent, addresses, used, of its fullest window"
-        rows = ctl.tally(store, "account", "at >= TIME", [now - HOUR])[:FEW]
+        rows = ctl.tally(store, "account", f"at >= TIME AND {ctl.NO_POOL}", [now - HOUR])[:FEW]
         yield listed("Most sent in the last hour", heading, top(session, rows))
-        rows = ctl.tally(store, "account", "at >= TIME", [now - DAY])
+        rows = ctl.tally(store, "account", f"at >= TIME AND {ctl.NO_POOL}", [now - DAY])
         rows.sort(key=lambda row: -row["addresses"])
         title = f"Unusual: {UNUSUAL} or more new addresses in a day"
         yield listed(title, "who, what, what to do", unusual(session, rows))

@@ -138,12 +138,12 @@ def tell_in_full(session: Session, event: Row, now: int) -> list[str]:
     senders, addresses, _, text = origins(session.store, account, start)
     sent = f"{sum(row['sent'] for row in senders)}, as {len(senders)} senders{text}"
     lines.append(f"Sent since {format_moment(start, now)}: {sent}{':' * bool(senders)}")
-    for rows in filter(None, (senders[:5], addresses[:10])):
+    for rows, name in ((senders[:5], "sender"), (addresses[:10], "client_address")):
         cells = []
         for row in rows:
-            times = [format_moment(row[name], now) for name in ("first", "last")]
-            cells.append([row["sent"], *times, row["name"], "new" if row.get("new") else ""])
-        lines += [*(f"  {line}" for line in ctl.table(cells)), ""]
+            times = [format_moment(row[time], now) for time in ("first", "last")]
+            cells.append([row["sent"], *times, row[name], "new" if row.get("new") else ""])
+        lines += [*(f"  {line}" for line in ctl.table(cells)), ""] if cells else []
     return [
         *(*lines, "If the password is stolen:", f"  {command('block', account)}"),
         f"  {command('queue', account)} | postsuper -h -    on each mail server; -d deletes",

@@ -173,7 +173,7 @@ def test_it_shows_what_is_in_the_database(
     assert who == "news@example.com"
     assert order.startswith("grant +500 until ")
     ((who, sent, addresses, _, quota),) = table(browser, "Most sent in the last hour")
-    assert (who, sent, addresses, quota) == (bob, "378", "1", "378/400 in 1h, rule default")
+    assert (who, sent, addresses, quota) == (bob, "378", "1", "378/400 in 1h, rule default (94%)")
     assert browser.run("document.querySelector('meter').value") == 94
     ((who, what, _),) = table(browser, "Unusual: 5 or more new addresses in a day")
     assert (who, what) == (eve, "9 sent, from 9 addresses, 9 of them never seen before")
@@ -250,13 +250,14 @@ def test_it_says_what_is_down(browser: Chromium, daemon: StartDaemon) -> None:
         browser.open(url)
         complaints = browser.texts("b")
     assert len(complaints) == 2
-    assert complaints[0].startswith(f"daemon   the daemon at {LOOPBACK}")
+    assert complaints[0].startswith(f"daemon   {LOOPBACK}")
     assert complaints[1].startswith("database ")
 
 
 def test_broken_rules_leave_the_rest(browser: Chromium, daemon: StartDaemon) -> None:
     running = daemon(rules=RULES)
     with served(running) as (url, store):
+        add_sends(store, {"bob@example.com": [(MINUTE, 1, "192.0.2.7")]})
         add_event(store, "bob@example.com", "refused", note=note("a@b"), amount=2, last=store.now())
         (running.directory / "quotarules.json").write_text("{")
         browser.open(url)
