@@ -747,8 +747,8 @@ SAID = {  # by the daemon: its line, the metric, and what that is
 
 
 def metrics_text(said: Mapping[str, str], counted: Mapping[str, int]) -> str:
-    """Prometheus' text of what the daemon says of itself, nothing if it is down, and of what is in
-    the tables. What is not known is left out. No label is a login: it is personal data."""
+    """Prometheus' text of what the daemon says, nothing if it is down, and of what the tables hold.
+    What is not known is left out. No label is a login: it is personal data."""
     lines: list[str] = []
 
     def add(name: str, explanation: str, samples: Mapping[str, object], kind: str = "") -> None:
@@ -776,35 +776,25 @@ def metrics_text(said: Mapping[str, str], counted: Mapping[str, int]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def newest_orders(store: Store) -> list[Row]:
-    orders = read_events(store, f"kind IN {ORDERS}")
-    return list({order["account"]: order for order in reversed(orders)}.values())
-
-
 def count_for_metrics(store: Store) -> dict[str, int]:
     now = store.now()
     events = read_events(store, "kind = 'refused' AND at >= TIME", [now - 25 * HOUR])
+    orders = {row["account"]: row for row in reversed(read_events(store, f"kind IN {ORDERS}"))}
     refused = {event["account"] for event in events if (event["last"] or 0) >= now - HOUR}
-    untold = [event for event in events if not event["told"] and event["at"] >= now - 24 * HOUR]
-    blocked = [order for order in newest_orders(store) if is_in_force(order, "block", now)]
-    names = "refused_senders", "blocked_senders", "incidents_untold"
-    return dict(zip(names, map(len, (refused, blocked, untold)), strict=True))
+    untold = sum(not event["told"] and event["at"] >= now - 24 * HOUR for event in events)
+    blocked = sum(is_in_force(order, "block", now) for order in orders.values())
+    found = len(refused), blocked, untold
+    return dict(zip(("refused_senders", "blocked_senders", "incidents_untold"), found, strict=True))
 
 
 def metrics(session: Session, _: argparse.Namespace) -> int:
-    said: dict[str, str] = {}
-    counted: dict[str, int] = {}
+    said, counted = dict[str, str](), dict[str, int]()
     with contextlib.suppress(ControlError):
         said = ask_daemon(session.config)
     with contextlib.suppress(SaslQuotaError):  # the daemon says whether it is up
         counted = count_for_metrics(session.store)
     print(metrics_text(said, counted), end="")
     return OK
-
-
-def add_metrics_commands(commands: Any) -> None:
-    text = "print figures for Prometheus: node_exporter's textfile, or see saslquotawatch.py"
-    commands.add_parser("metrics", help=text, description=text).set_defaults(command=metrics)
 
 
 # --- main -----------------------------------------------------------------------------------------
@@ -821,10 +811,11 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     adders: list[Callable[[Any], None]] = [  # add_..._commands() of each section
         add_look_and_orders_commands,
-        add_metrics_commands,
     ]
     for add in adders:
         add(commands)
+    text = "print figures for Prometheus, as node_exporter's textfile"
+    commands.add_parser("metrics", help=text, description=text).set_defaults(command=metrics)
     return parser
 
 

@@ -3,11 +3,15 @@
 import json
 import os
 import select
+import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
+
+from servers.process import wait_for
 
 OPTIONS = (
     "--headless",
@@ -55,10 +59,19 @@ class Chromium:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._to)
+        os.close(self._to)  # which ends it, but not all of its children at once
         os.close(self._from)
-        self._process.kill()
-        self._process.wait(20)
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(5)
+        wait_for(self._is_killed, 20, "the end of chromium's processes")
+
+    def _is_killed(self) -> bool:
+        self._process.poll()
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return True
+        return False
 
     def call(self, method: str, **parameters: object) -> Any:
         """Carry out a command and return its result; events that come meanwhile are kept."""
