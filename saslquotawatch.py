@@ -144,8 +144,12 @@ def tell_in_full(session: Session, event: Row, now: int) -> list[str]:
             times = [format_moment(row[time], now) for time in ("first", "last")]
             cells.append([row["sent"], *times, row[name], "new" if row.get("new") else ""])
         lines += [*(f"  {line}" for line in ctl.table(cells)), ""] if cells else []
+    return [*lines, *advice(account)]
+
+
+def advice(account: str) -> list[str]:
     return [
-        *(*lines, "If the password is stolen:", f"  {command('block', account)}"),
+        *("If the password is stolen:", f"  {command('block', account)}"),
         f"  {command('queue', account)} | postsuper -h -    on each mail server; -d deletes",
         "  change the password; end its sessions (doveadm kick); look for forwardings and filters",
         *(f"  {command('unblock', account)}", "If all is well:", f"  {command('reset', account)}"),
