@@ -116,13 +116,14 @@ body{font:15px/1.45 system-ui,sans-serif;margin:1em auto;max-width:80em;padding:
 h1{font-size:1.3em}h2{font-size:1em;margin:1.6em 0 .3em}p{margin:.3em 0}b{color:var(--r)}
 pre{white-space:pre-wrap}table{border-collapse:collapse;width:100%}
 td,th{text-align:left;vertical-align:top;padding:.25em .8em .25em 0;border-top:1px solid var(--l)}
-td{overflow-wrap:anywhere;min-width:4em}td:first-child{min-width:11em}
+td{overflow-wrap:anywhere;min-width:5em}td:first-child{min-width:11em}
 code{display:block;user-select:all;font-size:.85em;min-width:24em}
 svg{width:100%;height:7em;border-bottom:1px solid var(--l)}
 .s{fill:var(--s);color:var(--s)}.r{fill:var(--r);color:var(--r)}
 .x{display:flex;justify-content:space-between;font-size:.8em}
 @media(max-width:56em){tr,td{display:block}th,tr:first-child{display:none}td{border:0;padding:0}
-tr{border-top:1px solid var(--l);padding:.4em 0}code{min-width:0}td::before{content:attr(data-of)": ";opacity:.6}
+tr{border-top:1px solid var(--l);padding:.4em 0}code{min-width:0}
+td::before{content:attr(data-of)": ";opacity:.6}
 .x :nth-child(even){display:none}}
 """
 CSP = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'"

@@ -9,14 +9,17 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from email.message import EmailMessage
 from pathlib import Path
 
 import pytest
+from helpers import StartDaemon
+from servers.daemon import Daemon
 from servers.mariadb import Database, MariaDB
-from servers.process import ROOT, clean_environment, wait_for
+from servers.process import ROOT, clean_environment, pause, wait_for
 from servers.smtp import Received, SMTPServer
 
 import saslquotapage
@@ -530,6 +533,18 @@ def test_several_watches_tell_each_incident_once(each_place: Place, smtp: SMTPSe
         assert told.count(f"{account} is refused since") == 1
 
 
+@contextmanager
+def shipped_watch(running: Daemon) -> Iterator[None]:
+    """The program as it is, beside a daemon."""
+    command = [sys.executable, str(ROOT / "saslquotawatch.py"), "-c", str(running.config_file)]
+    output = (running.directory / "watch.out").open("ab")
+    with output, subprocess.Popen(command, stdout=output, stderr=output) as one:
+        try:
+            yield
+        finally:
+            one.terminate()
+
+
 HASTY = (
     "import sys, saslquotawatch as w;"
     "w.LOOK_INTERVAL = 0.02; w.GATHERING = w.PAUSE = 0; w.CLAIM = {claim};"
@@ -635,3 +650,53 @@ def test_bad_configuration_is_one_line(place: Place) -> None:
 def test_the_daemon_runs_without_it() -> None:
     for name in ("saslquota.py", "saslquotactl.py"):
         assert "saslquotawatch" not in re.findall(r"import (\w+)", (ROOT / name).read_text("utf-8"))
+
+
+# --- All together ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_storm_on_two_daemons_is_one_mail(
+    daemon: StartDaemon, database: Database, smtp: SMTPServer
+) -> None:
+    """10,000 requests for 20 logins from 250 addresses, two watches; nothing is told that the
+    table does not hold."""
+    config = {**database.config(), "_notify": ADMIN, "_notifyhost": smtp.where}
+    running = [daemon({**config, "_loglevel": "ERROR"}, RULES) for _ in range(2)]
+    logins = [f"user{number}@example.com" for number in range(20)]
+
+    def ask(number: int) -> None:
+        with running[number % 2].policy() as policy:
+            for one in range(10_000 // 8):
+                address = f"192.0.2.{one % 250}"
+                policy.ask(sasl_username=logins[one % 20], client_address=address)
+
+    began = time.monotonic()
+    with ExitStack() as stack:
+        for one in running:
+            stack.enter_context(shipped_watch(one))
+        threads = [threading.Thread(target=ask, args=[number]) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        smtp.wait_for_mails(1, 60)
+        assert time.monotonic() - began < 60
+        untold = "SELECT COUNT(*) FROM events WHERE told IS NULL"
+        wait_for(lambda: database.sql(untold) == "0", 20, "the mark")
+        pause(3 * saslquotawatch.LOOK_INTERVAL)
+    told = text(only(smtp.mails))
+    assert told.startswith("20 accounts have reached their quota.\n")
+    for login in logins:
+        sql = f"FROM sends WHERE account = '{login}'"
+        assert database.sql(f"SELECT SUM(recipients) {sql}") == "400"
+        (line,) = (line for line in told.splitlines() if line.startswith(f"{login} is refused"))
+        found = re.search(r", (\d+) times so far: 400/400 in 1h, rule default, from (\S+) as", line)
+        assert found, line
+        assert f"192.0.2.{found[2].rpartition('.')[2]}" == found[2]
+        amount = database.sql(f"SELECT amount FROM events WHERE account = '{login}'")
+        assert 1 <= int(found[1]) <= int(amount) <= 104
+    addresses = re.findall(r"^  .* (192[0-9.]+)(?:  new)?$", told, re.MULTILINE)
+    known = database.sql("SELECT DISTINCT INET6_NTOA(client_address) FROM sends").split()
+    assert len(addresses) == 100
+    assert set(addresses) <= set(known)
