@@ -104,6 +104,7 @@ def mark(store: Store, stamp: int, *, told: bool) -> None:
 IN_FULL = 10  # incidents in a mail; the others have a line each
 MAX_BYTES = 990  # of a line (RFC 5321: 998)
 TIME_FOR_DETAILS = 30.0  # seconds; then the rest has a line each
+ctl.STATEMENT_TIMEOUT = 15  # seconds; a mail that takes longer than its claim is sent twice
 USER = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]+@[A-Za-z0-9.-]+")  # who may get a mail
 
 
@@ -178,7 +179,8 @@ def user_mail(event: Row, now: int) -> tuple[str, list[str]]:
     quota, since = why(event)[0].partition(", rule ")[0], format_moment(event["at"], now)
     return "Your account has reached its sending limit", [
         f"{event['account']} has sent as much mail as it may: {quota}.",
-        f"Since {since} more is refused. You can send again when some time has passed.\n",
+        f"Since {since} more is refused. You can send again when some time has passed.",
+        "",
         "If it was not you, somebody knows your password: change it now, and tell your postmaster.",
     ]
 

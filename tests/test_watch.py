@@ -333,6 +333,8 @@ def test_the_user_is_told_in_a_mail_of_his_own(place: Place, smtp: SMTPServer) -
     assert told.startswith(f"{BOB} has sent as much mail as it may: 1490/400 in 1h.\n")
     assert "saslquotactl" not in told
     assert "paypa1" not in told
+    assert "\\" not in told
+    assert told.count("\n") == 4
 
 
 # --- To whom --------------------------------------------------------------------------------------
