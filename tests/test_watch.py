@@ -399,6 +399,8 @@ def test_who_cannot_be_reached_is_tried_again_when_others_have_it(
     first, second = smtp.mails
     assert (first.recipients, second.recipients) == ([ADMIN], ["full@example.com"])
     assert first.data == second.data
+    full, gone = smtp.asked_for[1:3]
+    assert smtp.asked_for == [ADMIN, full, gone, full]
 
 
 # --- When something is down -----------------------------------------------------------------------

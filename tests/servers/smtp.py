@@ -31,6 +31,7 @@ class SMTPServer(socketserver.ThreadingTCPServer):
     def __init__(self) -> None:
         self.mood = "take"
         self.refuses: dict[str, str] = {}  # recipients, with the reply
+        self.asked_for: list[str] = []  # recipients
         self.before_250: Callable[[], object] = lambda: None
         self.mails: list[Received] = []  # for which it said 250
         self.connections = self.reached_end = 0
@@ -81,8 +82,9 @@ class _Dialogue(socketserver.StreamRequestHandler):
             return self.take(self.sender, self.recipients)
         if verb == "MAIL":
             self.sender = address
-        if verb == "RCPT" and address not in self.server.refuses:
-            self.recipients.append(address)
+        if verb == "RCPT":
+            self.server.asked_for.append(address)
+            self.recipients += [address] * (address not in self.server.refuses)
         replies = {
             "EHLO": "250-stand-in\r\n250 8BITMIME",
             "RCPT": self.server.refuses.get(address, "250 ok"),
