@@ -16,10 +16,11 @@ from email.message import EmailMessage
 from pathlib import Path
 
 import pytest
-from helpers import StartDaemon
+from helpers import StartDaemon, StartPostfix
 from servers.daemon import Daemon
 from servers.mariadb import Database, MariaDB
-from servers.process import ROOT, clean_environment, pause, wait_for
+from servers.ports import LOOPBACK
+from servers.process import ROOT, clean_environment, pause, wait_for, wait_for_log
 from servers.smtp import Received, SMTPServer
 
 import saslquotapage
@@ -401,6 +402,25 @@ def test_who_cannot_be_reached_is_tried_again_when_others_have_it(
     assert first.data == second.data
     full, gone = smtp.asked_for[1:3]
     assert smtp.asked_for == [ADMIN, full, gone, full]
+
+
+def test_a_real_postfix_takes_it(place: Place, no_warning: StartPostfix) -> None:
+    """As its port 25 is set up: no TLS needed, relaying for this machine."""
+    options = {
+        "smtpd_tls_security_level": "may",
+        "smtpd_client_restrictions": "permit",
+        "smtpd_relay_restrictions": "permit_mynetworks,reject",
+        "smtpd_recipient_restrictions": "permit",
+    }
+    postfix = no_warning("DUNNO", options=options)
+    place.write(_notifyhost=f"{LOOPBACK}:{postfix.port}", _notify=[ADMIN, "root@example.org"])
+    place.refused("jürgen@münchen.example")
+    assert place.teller().look()
+    (queued,) = wait_for_log(postfix, "from=<>, size=")
+    assert "nrcpt=2" in queued
+    wait_for_log(postfix, "status=sent", 2)
+    wait_for_log(postfix, "disconnect from .* quit=1 ")
+    assert set(place.state().values()) == {"told"}
 
 
 # --- When something is down -----------------------------------------------------------------------
