@@ -653,6 +653,14 @@ class Config:
         """A path that a setting holds: relative to the configuration file."""
         return self.path.parent / name
 
+    def account(self, login: str) -> str:
+        """The account of a login. It is longer than MAX_ACCOUNT if the login is too long."""
+        if self.ignoredomain and len(login) <= MAX_ACCOUNT:
+            user = login.rsplit("@", 1)[0]  # before folding: to libsasl only this is an @
+            domain = self.defaultdomain and "@" + self.defaultdomain
+            login = user + domain if user.strip() else login
+        return fold(login, self.defaultdomain)
+
 
 def load_config(path: Path, environ: Mapping[str, str], *, optional: bool = False) -> Config:
     """Read saslquota.json; variables of the environment override it. With some, an `optional` file
@@ -3009,9 +3017,8 @@ class Policy:
     def __init__(self, config: Config, rules: RulesFile) -> None:
         self._rules = rules
         self._accept = config.okaction
-        self._defaultdomain, self._ignoredomain = config.defaultdomain, config.ignoredomain
+        self._account = config.account
         self._stores_address = config.storeaddress
-        self._domain_part = config.defaultdomain and "@" + config.defaultdomain
         self._nosasl = "REJECT authentication required" if config.nosasl == "REJECT" else "DUNNO"
         passes = config.onfailure == "OK"
         self._fallback = "OK" if passes else f"DEFER_IF_PERMIT {self.UNAVAILABLE}"
@@ -3050,13 +3057,6 @@ class Policy:
             sender = valid_utf8(sender)[:MAX_ACCOUNT]
         address = packed_address(request.client_address) if self._stores_address else b""
         return Origin(instance, address, sender)
-
-    def _account(self, login: str) -> str:
-        """The account of a login. It is longer than MAX_ACCOUNT if the login is too long."""
-        if self._ignoredomain and len(login) <= MAX_ACCOUNT:
-            user = login.rsplit("@", 1)[0]  # before folding: to libsasl only this is an @
-            login = user + self._domain_part if user.strip() else login
-        return fold(login, self._defaultdomain)
 
     def _uncounted(self, request: Request, login: str) -> Answer | None:
         """The answer to a request that no rule applies to."""

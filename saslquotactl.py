@@ -72,7 +72,7 @@ def table(rows: Iterable[Sequence[object]], heading: Sequence[str] = ()) -> list
     """Lines whose columns line up; numbers are at the right of theirs."""
     found = [list(row) for row in rows]
     is_number = [
-        all(isinstance(row[column], int) for row in found)
+        all(isinstance(row[column], int | None) for row in found)
         for column in range(len(found[0]) if found else 0)
     ]
     texts = [[clean(value) for value in row] for row in found]
@@ -139,9 +139,9 @@ class Session:
 
     def account(self, name: str) -> str:
         """The account of a login, or of a pool: "@domain" or "*"."""
-        folded = saslquota.fold(name, self.config.defaultdomain)
+        folded = saslquota.fold(name)
         is_pool = folded == "*" or folded.startswith("@")
-        return POOL_PREFIX + folded if is_pool else folded
+        return POOL_PREFIX + folded if is_pool else self.config.account(name)
 
     def show(self, rows: Iterable[Mapping[str, Any]], lines: Iterable[str]) -> None:
         """Print a result: for --json its rows, else the lines for a person."""
