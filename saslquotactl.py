@@ -118,6 +118,10 @@ def json_time(microseconds: int) -> str:
     return datetime.fromtimestamp(microseconds / 1e6, UTC).isoformat(timespec="seconds")
 
 
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def progress(items: Iterable[Item], what: str, size: int = 1) -> Iterator[Item]:
     """Hand on the items, of which each is so many; from 2 s on show a terminal how far it is."""
     began, next_at = time.monotonic(), 2.0
@@ -469,7 +473,8 @@ def replay_period(
     accounts = {name: account for name, account in found.items() if login in ("", name)}
     sends = [account.sends for account in accounts.values() if account.sends]
     period = saslquota.format_time(seconds)
-    return accounts, f"{sum(sends)} sends of {len(sends)} senders in the last {period}"
+    what = f"{counted(sum(sends), 'send')} of {counted(len(sends), 'sender')}"
+    return accounts, f"{what} in the last {period}"
 
 
 def backtest(accounts: Mapping[str, Replayed]) -> list[dict[str, Any]]:
@@ -491,9 +496,9 @@ def run_backtest(session: Session, arguments: argparse.Namespace) -> int:
     rows = backtest(accounts)
     cells = [[*(r | {"first": format_moment(r["first"], session.now)}).values()] for r in rows]
     lines = table(cells, ("REFUSED", "SENT", "LIMIT", "FIRST", "LOGIN"))
-    who = "1 sender" if len(rows) == 1 else f"{len(rows)} senders"
     in_json = [row | {"first": json_time(row["first"])} for row in rows]
-    session.show(in_json, [f"{what}: {who} would have been refused", *lines, UNKNOWN])
+    who = f"{counted(len(rows), 'sender')} would have been refused"
+    session.show(in_json, [f"{what}: {who}", *lines, UNKNOWN])
     return WARNING if what.startswith("0 ") else OK
 
 
