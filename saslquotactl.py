@@ -249,7 +249,8 @@ def read_queue_file(path: str) -> dict[bytes, str]:
                 break
             name, _, value = data.partition(b"=") if kind == b"A" else (kind, b"", data)
             if name in (b"sasl_username", b"S", b"T"):
-                found.setdefault(name, value.decode(errors="backslashreplace"))
+                text = value.decode("utf-8", "surrogateescape")  # as the daemon reads it
+                found.setdefault(name, saslquota.valid_utf8(text))
     return found
 
 
