@@ -216,15 +216,16 @@ STAGES = ("client", "helo", "sender", "relay", "recipient", "data", "end_of_data
 LISTS = [f"smtpd_{stage}_restrictions" for stage in STAGES]
 ENDS = ("permit", "permit_sasl_authenticated", "reject", "defer")  # a list, for who has logged in
 CHECK = re.compile(r"(reject|defer|check)_(?!unauth_destination)")  # of who has logged in, too
+TABLE = re.compile(r"check_\w+_access |\w+:")
 TAKES_ARGUMENT = re.compile(r"(?i)check_\w+|(reject|permit)_(rbl|rhsbl|dnswl|rhswl)_\w+|sleep")
-SETTINGS = re.compile(r"(?m)^(?:postconf: .*unused parameter: )?(\w+) ?= ?(.*)$")
+WARN = "warn_if_reject "
 UNSAFE = ("tmpfs", "ramfs", "nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "fuse.sshfs")  # for SQLite
-PROC, SASLAUTHD = Path("/proc"), ("/etc/default/saslauthd*", "/etc/sysconfig/saslauthd")
+PROCESSES = "/proc/[0-9]*/cmdline"
+SASLAUTHD = ("/etc/default/saslauthd*", "/etc/sysconfig/saslauthd")  # OPTIONS="...", FLAGS="..."
 LOG_LINE = re.compile(
     r"(\w{3} [ \d]\d [\d:]{8}|\d{4}-\d\d-\d\d[T ][\d:]{8}\S*)?.*?postfix\S*/smtpd\[\d+\]: (\w+): "
     r"(?:client=.*, sasl_username=(.+?)(?:, sasl_sender=.*)?$|reject: (?:DATA|END-OF))"
 )
-WARN = "warn_if_reject"
 
 
 class Finding(NamedTuple):
@@ -242,56 +243,10 @@ def words(text: str, separators: str = r"\s,") -> list[str]:
 
 def attributes(policy: str) -> dict[str, str]:
     """The endpoint, as "", and what `check_policy_service { inet:host:port, name=value }` gives."""
-    argument = policy.removeprefix(f"{WARN} ").partition(" ")[2]
+    argument = policy.removeprefix(WARN).partition(" ")[2]
     endpoint, *given = words(argument[1:-1] if argument.startswith("{") else argument) or [""]
     pairs = (word.strip("{} ").partition("=") for word in given)
     return {"": endpoint, **{name.strip(): value.strip() for name, _, value in pairs}}
-
-
-class Service:
-    """An entry of master.cf with the settings as it sees them."""
-
-    def __init__(self, entry: str, main: Mapping[str, str], expanded: Mapping[str, str]) -> None:
-        fields = words(entry, r"\s")
-        pairs = itertools.pairwise(fields[8:])
-        given = [word[1:-1] if word[0] == "{" else word for flag, word in pairs if flag == "-o"]
-        self.options = [(n.strip(), v.strip()) for n, _, v in (w.partition("=") for w in given)]
-        self.settings = {**main, **dict(self.options)}
-        self._expanded = {**expanded, **dict(self.options)}
-        host, _, port = fields[0].rpartition(":")
-        self.name, self.runs_smtpd = "/".join(fields[:2]), fields[7] == "smtpd"
-        self.is_chrooted = fields[4] == "y"
-        self.is_local = saslquota.is_loopback(host.strip("[]"))
-        is_filtered = self.is_local and ("content_filter", "") in self.options
-        self.takes_all_mail = is_filtered or fields[1] == "pass" or port in ("smtp", "25")
-        self.is_for_users = port in ("submission", "submissions", "smtps", "587", "465")
-        self.takes_logins = self.value("smtpd_sasl_auth_enable") == "yes"
-        self.early = LISTS[:2] if self.value("smtpd_delay_reject") == "no" else []  # before a login
-
-    def value(self, name: str, depth: int = 0) -> str:
-        """A setting with those that it names put in; one with conditions is as main.cf has it."""
-        raw = self.settings.get(name, "")
-        if depth > 9 or re.search(r"\$[{(]\w*[^\w)}]", raw):
-            return self._expanded.get(name, raw)
-        named = r"\$(?:(\w+)|\{(\w+)\}|\((\w+)\))"
-        return re.sub(named, lambda found: self.value(found[found.lastindex or 0], depth + 1), raw)
-
-    def restrictions(self, setting: str, depth: int = 0) -> list[str]:
-        """Those of a list, with classes expanded; an argument follows after one blank."""
-        classes = words(self.value("smtpd_restriction_classes"))
-        found, warn, result = iter(words(self.value(setting))), "", []
-        for word in found:
-            if word.lower() == WARN:
-                warn = f"{WARN} "
-                continue
-            if word in classes and depth < 9:
-                result += self.restrictions(word, depth + 1)
-            elif TAKES_ARGUMENT.fullmatch(word):
-                result.append(f"{warn}{word.lower()} {next(found, '')}")
-            else:
-                result.append(warn + (word if ":" in word else word.lower()))
-            warn = ""
-        return result
 
 
 class Hook(NamedTuple):
@@ -307,10 +262,11 @@ class Hook(NamedTuple):
         """What ends the list before the daemon is asked about who has logged in, or ""."""
         return next((restriction for restriction in self.before if restriction in ENDS), "")
 
-
-def checks_in(listed: Iterable[str]) -> list[str]:
-    """What may refuse a mail of somebody who has logged in, up to the end of the list."""
-    return [r for r in itertools.takewhile(lambda r: r not in ENDS, listed) if CHECK.match(r)]
+    @property
+    def skips(self) -> list[str]:
+        """What could refuse a mail of who has logged in, did the daemon's OK not end the list."""
+        until_end = itertools.takewhile(lambda r: r not in ENDS, self.after)
+        return [r for r in until_end if CHECK.match(r) and r != self.policy]
 
 
 def placed(listed: list[str], policy: str, ends: bool) -> list[str]:
@@ -322,247 +278,265 @@ def placed(listed: list[str], policy: str, ends: bool) -> list[str]:
     return [*head[:at], policy, *head[at:], *listed[end:]]
 
 
-class Postfix:
-    """What postconf says of an instance; what of it is about the daemon, and what mends it."""
-
-    def __init__(self, config: Config, directory: str) -> None:
-        self.config, self.socket = config, ""
-        if config.bind.startswith("unix:"):
-            self.socket = os.path.realpath(config.beside(config.bind.removeprefix("unix:")))
-        self.postconf = ["postconf", *(["-c", directory] if directory else [])]
-        main, expanded = (dict(SETTINGS.findall(self._ask(*option))) for option in ((), ("-x",)))
-        entries = [Service(entry, main, expanded) for entry in self._ask("-M").splitlines()]
-        self.services = [service for service in entries if service.runs_smtpd]
-
-    def _ask(self, *options: str) -> str:
-        path = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin"
-        if not (program := shutil.which("postconf", path=path)):
-            raise ControlError("postfix not found on this machine")
-        command = [program, *self.postconf[1:], *options]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-        if done.returncode:
-            raise ControlError(done.stderr.strip().rpartition("\n")[2])
-        return done.stdout if "-M" in options else done.stderr + done.stdout
-
-    def reaches(self, service: Service, endpoint: str) -> bool:
-        """Whether the daemon listens there."""
-        (kind, _, where), bind = endpoint.partition(":"), self.config.bind
-        if self.socket:
-            inside = where.lstrip("/") if service.is_chrooted else where
-            path = os.path.join(service.value("queue_directory"), inside)
-            return kind == "unix" and os.path.realpath(path) == self.socket
-        host, _, port = where.rpartition(":")
-        is_same = bind in ("0.0.0.0", "::") or addresses(host or "localhost") & addresses(bind)
-        return kind == "inet" and port == str(self.config.bindport) and bool(is_same)
-
-    def endpoint(self, service: Service) -> str:
-        """Where the daemon listens, as a service has to write it."""
-        if self.socket:
-            queue = os.path.realpath(service.value("queue_directory"))
-            return f"unix:{self.socket.removeprefix(queue + '/')}"
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.config.bind, self.config.bind)
-        return f"inet:{f'[{host}]' if ':' in host else host}:{self.config.bindport}"
-
-    def hooks(self, service: Service, settings: Iterable[str] = LISTS) -> list[Hook]:
-        """Where a service asks the daemon, be it at a wrong address."""
-        own, found = service.restrictions("saslquota"), []
-        for setting, listed in ((setting, service.restrictions(setting)) for setting in settings):
-            for i, r in enumerate(listed):
-                where = attributes(r)[""] if "check_policy_service " in r else ""
-                port, right = where.rpartition(":")[2], str(self.config.bindport)
-                is_near = difflib.SequenceMatcher(None, port, right).ratio() >= 0.8
-                is_own = is_near or [r] == own or "saslquota" in where
-                if where and (is_own or self.reaches(service, where)):
-                    found.append(Hook(setting, listed[:i], r, listed[i + 1 :]))
-        return found
-
-    def entry(self, service: Service, settings: Mapping[str, Iterable[str]]) -> str:
-        """The command that changes settings of an entry. It takes no blanks."""
-        texts = {name: re.sub(r"[\s,]+", ",", ",".join(s)) for name, s in settings.items()}
-        changes = [f"{service.name}/{name}={text}" for name, text in texts.items()]
-        return shlex.join([*self.postconf, "-P", *changes]) if changes else ""
-
-    def cure(self, service: Service, *, keep: bool = True, **changed: str) -> str:
-        """The commands that let a service ask at one place, the right one, with these attributes of
-        the policy service; or nowhere, unless `keep`."""
-        hooks, define = self.hooks(service), ""
-        policies = [hook.policy for hook in hooks]
-        lists = {
-            setting: [r for r in service.restrictions(setting) if r not in policies]
-            for setting in dict.fromkeys(hook.setting for hook in hooks)
-        }
-        if keep:
-            given = {**attributes("".join(policies[:1])), **changed}
-            if not self.reaches(service, given[""]):
-                given[""] = self.endpoint(service)
-            pairs = [f"{name}={value}".lstrip("=") for name, value in given.items()]
-            pairs = [f"{{ {pair} }}" if " " in pair else pair for pair in pairs]
-            right = pairs[0] if len(pairs) == 1 else f"{{ {', '.join(pairs)} }}"
-            if [f"check_policy_service {right}"] != service.restrictions("saslquota"):
-                name = f"saslquota = check_policy_service {right}"
-                define = shlex.join([*self.postconf, "-e", name])
-            usual = LISTS[4] if service.early else LISTS[0]
-            here = next((setting for setting in lists if setting not in service.early), usual)
-            listed = lists.get(here, service.restrictions(here))
-            lists[here] = placed(listed, "$saslquota", self.config.okaction == "OK")
-        now = {setting: words(service.settings.get(setting, "")) for setting in lists}
-        new = {setting: s for setting, s in lists.items() if words(",".join(s)) != now[setting]}
-        return " && ".join(filter(None, (define, self.entry(service, new))))
-
-
 def addresses(host: str) -> set[str]:
     with contextlib.suppress(OSError, UnicodeError):
         return {str(found[4][0]) for found in socket.getaddrinfo(host.strip("[]"), None)}
     return set()
 
 
-def check_service(postfix: Postfix, service: Service) -> Says:
+def postconf(*arguments: str) -> str:
+    """What postconf prints, and those settings that it warns of: nothing uses them."""
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin"
+    if not (program := shutil.which("postconf", path=path)):
+        raise ControlError("postfix not found on this machine")
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        raise ControlError(f"postconf: {done.stderr.strip().rpartition('fatal: ')[2]}")
+    return done.stdout + re.sub("(?m)^.*? warning: .*?(unused parameter: |$)", "", done.stderr)
+
+
+class Service:
+    """An entry of master.cf that runs smtpd: its settings, where it asks the daemon, what changes
+    that. `where` are the options of postconf that tell which Postfix it is."""
+
+    def __init__(self, fields: Sequence[str], config: Config, where: Sequence[str]) -> None:
+        pairs = itertools.pairwise(fields[8:])
+        given = [word[1:-1] if word[0] == "{" else word for flag, word in pairs if flag == "-o"]
+        self.options = [(n.strip(), v.strip()) for n, _, v in (w.partition("=") for w in given)]
+        changed = [word for option in self.options for word in ("-o", "=".join(option))]
+        found = re.findall(r"(?m)^(\w+) ?= ?(.*)$", postconf(*where, "-x", *changed))
+        self.settings = {name: value.strip() for name, value in found}
+        self.name, self.config, self._where = "/".join(fields[:2]), config, where
+        host, _, port = fields[0].rpartition(":")
+        self.is_chrooted = fields[4] == "y"
+        self.is_local = saslquota.is_loopback(host.strip("[]"))
+        is_filtered = self.is_local and ("content_filter", "") in self.options
+        self.takes_all_mail = is_filtered or fields[1] == "pass" or port in ("smtp", "25")
+        self.is_for_users = port in ("submission", "submissions", "smtps", "587", "465")
+        self.takes_logins = self.settings["smtpd_sasl_auth_enable"] == "yes"
+        self.ok_ends = config.okaction == "OK"
+        self.early = LISTS[:2] if self.settings["smtpd_delay_reject"] == "no" else []
+        self.hooks = self.hooks_in(LISTS)
+        self.in_time = [hook for hook in self.hooks if hook.setting not in self.early]
+        self.asked = [hook for hook in self.in_time if not hook.behind]
+
+    def restrictions(self, setting: str, depth: int = 0) -> list[str]:
+        """Those of a list, with classes expanded; an argument follows after one blank."""
+        found, result = iter(words(self.settings.get(setting, ""))), []
+        classes = words(self.settings["smtpd_restriction_classes"])
+        for word in found:
+            if word in classes and depth < 9:
+                result += self.restrictions(word, depth + 1)
+                continue
+            warn = WARN if word.lower() == WARN.strip() else ""
+            name = next(found, "") if warn else word
+            argument = f" {next(found, '')}" if TAKES_ARGUMENT.fullmatch(name) else ""
+            result.append(f"{warn}{name if ':' in name else name.lower()}{argument}")
+        return result
+
+    def hooks_in(self, settings: Iterable[str]) -> list[Hook]:
+        """Where the daemon is asked, be it at a wrong address."""
+        own, found = self.restrictions("saslquota"), []
+        for setting, listed in ((setting, self.restrictions(setting)) for setting in settings):
+            for i, r in enumerate(listed):
+                where = attributes(r)[""] if "check_policy_service " in r else ""
+                port, right = where.rpartition(":")[2], str(self.config.bindport)
+                is_near = difflib.SequenceMatcher(None, port, right).ratio() >= 0.8
+                is_own = is_near or [r] == own or "saslquota" in where
+                if where and (is_own or self.reaches(where)):
+                    found.append(Hook(setting, listed[:i], r, listed[i + 1 :]))
+        return found
+
+    def reaches(self, endpoint: str) -> bool:
+        """Whether the daemon listens there."""
+        (kind, _, where), bind = endpoint.partition(":"), self.config.bind
+        if bind.startswith("unix:"):
+            inside = where.lstrip("/") if self.is_chrooted else where
+            path = os.path.join(self.settings["queue_directory"], inside)
+            own = self.config.beside(bind.removeprefix("unix:"))
+            return kind == "unix" and os.path.realpath(path) == os.path.realpath(own)
+        host, _, port = where.rpartition(":")
+        is_same = bind in ("0.0.0.0", "::") or addresses(host or "localhost") & addresses(bind)
+        return kind == "inet" and port == str(self.config.bindport) and bool(is_same)
+
+    def endpoint(self) -> str:
+        """Where the daemon listens, as this service has to write it."""
+        bind = self.config.bind
+        if bind.startswith("unix:"):
+            path = os.path.realpath(self.config.beside(bind.removeprefix("unix:")))
+            queue = os.path.realpath(self.settings["queue_directory"])
+            return f"unix:{path.removeprefix(f'{queue}/')}"
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bind, bind)
+        return f"inet:{f'[{host}]' if ':' in host else host}:{self.config.bindport}"
+
+    def command(self, *arguments: str) -> str:
+        return shlex.join(["postconf", *self._where, *arguments])
+
+    def change(self, settings: Mapping[str, Iterable[str]]) -> str:
+        """The command that changes settings of this entry. It takes no blanks."""
+        texts = {name: re.sub(r"[\s,]+", ",", ",".join(s)) for name, s in settings.items()}
+        return self.command("-P", *(f"{self.name}/{name}={text}" for name, text in texts.items()))
+
+    def unhooked(self) -> dict[str, list[str]]:
+        """The lists in which the daemon is asked, without it."""
+        policies = [hook.policy for hook in self.hooks]
+        settings = dict.fromkeys(hook.setting for hook in self.hooks)
+        return {s: [r for r in self.restrictions(s) if r not in policies] for s in settings}
+
+    def cure(self, **changed: str) -> str:
+        """The commands that let it ask at one place, the right one, with these attributes."""
+        own, lists = self.restrictions("saslquota"), self.unhooked()
+        known = [hook.policy for hook in self.hooks] or own or [""]
+        given = {**attributes(known[0]), **changed}
+        if not self.reaches(given[""]):
+            given[""] = self.endpoint()
+        pairs = [f"{name}={value}".lstrip("=") for name, value in given.items()]
+        pairs = [f"{{ {pair} }}" if " " in pair else pair for pair in pairs]
+        policy = f"{{ {', '.join(pairs)} }}" if len(pairs) > 1 else pairs[0]
+        define = self.command("-e", f"saslquota = check_policy_service {policy}")
+        usual = LISTS[4] if self.early else LISTS[0]
+        here = next((setting for setting in lists if setting not in self.early), usual)
+        lists[here] = placed(lists.get(here, self.restrictions(here)), "$saslquota", self.ok_ends)
+        for setting, listed in list(lists.items()):
+            if listed == ["$saslquota" if [r] == own else r for r in self.restrictions(setting)]:
+                del lists[setting]
+        is_defined = own == [f"check_policy_service {policy}"]
+        return " && ".join([define] * (not is_defined) + [self.change(lists)] * bool(lists))
+
+
+def check_service(service: Service) -> Says:
     """Whether the daemon is asked about all who log in, and about nobody else."""
-    hooks = [hook for hook in postfix.hooks(service) if hook.setting not in service.early]
+    yield from check_repeated(service)
     for_all = [
         hook
-        for hook in hooks
+        for hook in service.in_time
         if hook.behind in ("", "permit_sasl_authenticated")
         and not (service.is_local and "permit_mynetworks" in hook.before)
     ]
     is_public = service.takes_all_mail or not service.takes_logins
-    close = postfix.entry(service, {"smtpd_sasl_auth_enable": ["no"]})
-    yield from check_repeated(postfix, service)
-    if for_all and is_public and postfix.config.nosasl == "REJECT":
-        remedy = postfix.cure(service, keep=False) + f" && {close}" * service.takes_logins
-        remedy = close.replace("=no", "=yes") if service.is_for_users else remedy
-        yield "PROBLEM", "mail without a login, as of other servers, is refused (_nosasl)", remedy
+    close = {"smtpd_sasl_auth_enable": ["no"]}
+    if for_all and is_public and service.config.nosasl == "REJECT":
+        changes = {**service.unhooked(), **(close if service.takes_logins else {})}
+        changes = {"smtpd_sasl_auth_enable": ["yes"]} if service.is_for_users else changes
+        text = "mail without a login, as of other servers, is refused (_nosasl)"
+        yield "PROBLEM", text, service.change(changes)
     elif not service.takes_logins:
         yield "OK", "nobody can log in: the daemon is not needed", ""
-    elif service.takes_all_mail and all(hook.behind for hook in hooks):
+    elif service.takes_all_mail and not service.asked:
         state = "WARNING" if service.is_local else "PROBLEM"
-        yield state, "users can log in here, too, and are not counted", close
+        yield state, "users can log in here, too, and are not counted", service.change(close)
     else:
-        yield from check_hooks(postfix, service)
+        yield from check_hooks(service)
 
 
-def check_repeated(postfix: Postfix, service: Service) -> Says:
+def check_repeated(service: Service) -> Says:
     for name in dict.fromkeys(name for name, _ in service.options):
         *lost, last = [value for option, value in service.options if option == name]
         if any(value != last for value in lost) and name in (*LISTS, "smtpd_sasl_auth_enable"):
             asks = [re.search("saslquota|check_policy_service", value) for value in (*lost, last)]
             text = f"-o {name} stands more than once, only the last counts: {last or '(empty)'}"
-            if any(asks) and not asks[-1]:
-                yield "PROBLEM", text, postfix.cure(service)
-            else:
-                yield "WARNING", text, postfix.entry(service, {name: [last]})
+            is_lost = any(asks) and not (asks[-1] or service.asked)
+            mend = service.cure() if is_lost else service.change({name: [last]})
+            yield "PROBLEM" if is_lost else "WARNING", text, mend
 
 
-def check_hooks(postfix: Postfix, service: Service) -> Says:
-    """Whether a service asks once about each mail, where all come by."""
-    ends, hooks, cure = (
-        postfix.config.okaction == "OK",
-        postfix.hooks(service),
-        postfix.cure(service),
+def check_hooks(service: Service) -> Says:
+    """Whether a service asks once about each mail, where all come by, and in the right way."""
+    hooks, asked, cure = service.hooks, service.asked, service.cure()
+    again = [h for h in asked[1:] if not service.ok_ends or h.setting != asked[0].setting]
+    named = service.hooks_in(words(service.settings["smtpd_restriction_classes"]))
+    has_table = any(
+        map(TABLE.match, (r for setting in LISTS for r in service.restrictions(setting)))
     )
-    in_time = [hook for hook in hooks if hook.setting not in service.early]
-    asked = [hook for hook in in_time if not hook.behind]
-    again = [hook for hook in asked[1:] if not ends or hook.setting != asked[0].setting]
-    classes = words(service.value("smtpd_restriction_classes"))
-    if not hooks and (named := postfix.hooks(service, classes)):
+    if named and has_table and not hooks:
         yield "WARNING", f"the daemon is asked only where a table says {named[0].setting}", ""
     elif not hooks:
         yield "PROBLEM", "the daemon is never asked", cure
-    elif not in_time:
+    elif not service.in_time:
         text = f"{hooks[0].setting} asks before anybody can log in (smtpd_delay_reject=no)"
         yield "PROBLEM", f"{text}: nothing is counted", cure
     elif not asked:
-        what = f"{in_time[0].setting}: behind {in_time[0].behind}"
-        yield "PROBLEM", f"{what} the daemon is never asked", cure
+        text = f"{service.in_time[0].setting}: behind {service.in_time[0].behind}"
+        yield "PROBLEM", f"{text} the daemon is never asked", cure
     elif again:
-        where = f"in {asked[0].setting} and again in {again[0].setting}"
-        yield "PROBLEM", f"the daemon is asked {where}: everything counts twice", cure
+        text = f"the daemon is asked in {asked[0].setting} and again in {again[0].setting}"
+        yield "PROBLEM", f"{text}: everything counts twice", cure
     for hook in asked:
-        yield from check_place(service, hook, cure, ends)
-    for hook in hooks:
-        yield from check_policy(postfix, service, hook.policy)
+        yield from check_place(service, hook)
+    for policy in dict.fromkeys(hook.policy for hook in hooks):
+        yield from check_policy(service, policy)
     if asked:
         yield "OK", f"the daemon is asked in {asked[0].setting}", ""
 
 
-def check_place(service: Service, hook: Hook, cure: str, ends: bool) -> Says:
+def check_place(service: Service, hook: Hook) -> Says:
     """Whether others in the list keep the daemon from being asked, or it them."""
+    cure = service.cure()
     if hook.policy.startswith(WARN):
-        yield "PROBLEM", f"{hook.setting}: behind {WARN} the daemon refuses nothing", cure
-    if ends and (skipped := [r for r in checks_in(hook.after) if r != hook.policy]):
-        is_mild = all(r.startswith("check_policy_service ") for r in skipped)
-        text = f"{hook.setting}: the daemon's OK ends the list before {', '.join(skipped)}"
-        yield "WARNING" if is_mild else "PROBLEM", text, cure
+        yield "PROBLEM", f"{hook.setting}: behind {WARN}the daemon refuses nothing", cure
+    if service.ok_ends and hook.skips:
+        state = "PROBLEM" if any("check_policy_" not in r for r in hook.skips) else "WARNING"
+        text = f"{hook.setting}: the daemon's OK ends the list before {', '.join(hook.skips)}"
+        yield state, text, cure
+    nobody = "" if service.settings["mynetworks"] else "permit_mynetworks"
     for r in hook.before:
-        is_permit = r.startswith("permit_") and (
-            r != "permit_mynetworks" or service.value("mynetworks")
-        )
-        if is_permit or re.match(r"check_\w+_access |\w+:", r):
-            text = f"{hook.setting}: what {r} permits is not counted"
-            yield "WARNING", text, cure if is_permit else ""
+        if r != nobody and (r.startswith("permit_") or TABLE.match(r)):
+            mend = cure if r.startswith("permit_") else ""
+            yield "WARNING", f"{hook.setting}: what {r} permits is not counted", mend
 
 
-def check_policy(postfix: Postfix, service: Service, policy: str) -> Says:
+def check_policy(service: Service, policy: str) -> Says:
     """Whether Postfix reaches the daemon, and waits long enough."""
-    given, dbtimeout = attributes(policy), postfix.config.dbtimeout
-    if not postfix.reaches(service, given[""]):
-        where, remedy = saslquota.address_of(postfix.config), postfix.cure(service)
-        if service.is_chrooted and postfix.endpoint(service).startswith("unix:/"):
-            where += f", outside of the chroot {service.value('queue_directory')}"
-            remedy = shlex.join([*postfix.postconf, "-F", f"{service.name}/chroot=n"])
+    given, dbtimeout = attributes(policy), service.config.dbtimeout
+    if not service.reaches(given[""]):
+        where, remedy = saslquota.address_of(service.config), service.cure()
+        if service.is_chrooted and service.endpoint().startswith("unix:/"):
+            where += f", outside of the chroot {service.settings['queue_directory']}"
+            remedy = service.command("-F", f"{service.name}/chroot=n")
         yield "PROBLEM", f"asks {given['']}, but saslquota listens on {where}", remedy
     timeout, action, limit = (
-        given.get(name) or service.value(f"smtpd_policy_service_{name}")
+        given.get(name) or service.settings[f"smtpd_policy_service_{name}"]
         for name in ("timeout", "default_action", "request_limit")
     )
-    seconds = int(re.sub(r"\D", "", timeout)) * saslquota.TIME_UNITS.get(timeout[-1], 1)
-    if seconds <= dbtimeout:
+    if int(timeout.rstrip("smhdw")) * saslquota.TIME_UNITS.get(timeout[-1], 1) <= dbtimeout:
         text = f"waits {timeout} for the daemon, which may take {dbtimeout} s (_dbtimeout)"
-        yield "PROBLEM", text, postfix.cure(service, timeout=f"{dbtimeout + 5}s")
+        yield "PROBLEM", text, service.cure(timeout=f"{dbtimeout + 5}s")
     if action == "451 4.3.5 Server configuration problem":  # Postfix's default
         text = f"default_action is not set: while the daemon is down, mail gets {action}"
-        mend = postfix.cure(service, default_action="451 4.7.1 quota service unavailable")
-        yield "WARNING", text, mend
+        yield "WARNING", text, service.cure(default_action="451 4.7.1 quota service unavailable")
     if limit == "1":
         text = "request_limit=1: each request needs a connection of its own"
-        yield "WARNING", text, postfix.cure(service, request_limit="0")
+        yield "WARNING", text, service.cure(request_limit="0")
 
 
-def check_sasl(postfix: Postfix) -> Says:
+def check_sasl(service: Service) -> Says:
     """Whether Cyrus SASL lets several logins pass as one account, see SECURITY.md."""
-    with_logins = (service for service in postfix.services if service.takes_logins)
-    service = next((s for s in with_logins if s.value("smtpd_sasl_type") == "cyrus"), None)
-    if not service:
-        return
-    own = service.value("cyrus_sasl_config_path").split(":")
-    places = [*filter(None, own), "/etc/postfix/sasl", "/etc/sasl2", "/usr/lib/sasl2"]
-    files = [Path(place, service.value("smtpd_sasl_path") + ".conf") for place in places]
+    settings, config = service.settings, service.config
+    places = [*settings["cyrus_sasl_config_path"].split(":"), "/etc/postfix/sasl", "/etc/sasl2"]
+    files = [Path(place, f"{settings['smtpd_sasl_path']}.conf") for place in places if place]
     text = next((file.read_text(errors="replace") for file in files if file.exists()), "")
-    if not re.search(r"(?m)^pwcheck_method:.*\bsaslauthd\b", text):
-        if not (service.value("smtpd_sasl_local_domain") or postfix.config.defaultdomain):
-            host = service.value("myhostname")
-            remedy = shlex.join([*postfix.postconf, "-e", "smtpd_sasl_local_domain = $myhostname"])
-            text = f"alice and alice@{host} are one account with two quotas"
-            yield "WARNING", f"smtpd_sasl_local_domain is empty: {text}", remedy
-    elif not postfix.config.ignoredomain:
-        for options, remedy in saslauthd_options():
+    if re.search(r"(?m)^pwcheck_method:.*\bsaslauthd\b", text):
+        for options, remedy in () if config.ignoredomain else saslauthd_options():
             if not re.search(r"(^|\s)-[cdlTvV]*r", options):
                 text = "alice, alice@1, alice@2 ... are one account with a quota each"
                 yield "PROBLEM", f"saslauthd without -r: {text}; or set _ignoredomain", remedy
+    elif not (settings["smtpd_sasl_local_domain"] or config.defaultdomain):
+        text = f"alice and alice@{settings['myhostname']} are one account with two quotas"
+        remedy = service.command("-e", "smtpd_sasl_local_domain = $myhostname")
+        yield "WARNING", f"smtpd_sasl_local_domain is empty: {text}", remedy
 
 
 def saslauthd_options() -> Iterator[tuple[str, str]]:
-    """The options of each that runs, or else that the system would start; what adds -r to them."""
-    commands = []
-    for path in PROC.glob("[0-9]*/cmdline"):
+    """The options of those that run, or else that the system would start; what adds -r to them."""
+    running = []
+    for path in glob.glob(PROCESSES):
         with contextlib.suppress(OSError):
-            commands.append(path.read_bytes().decode(errors="replace").split("\0"))
-    running = [" ".join(rest) for name, *rest in commands if Path(name).name == "saslauthd"]
-    for path in (Path(name) for pattern in SASLAUTHD for name in glob.glob(pattern)):
-        given = re.search("(?m)^(?:OPTIONS|FLAGS)=(.*)", path.read_text(errors="replace"))
-        change = f"sed -i -E 's/^(OPTIONS|FLAGS)=[\"]?/&-r /' {path} && service saslauthd restart"
-        for options in running or [given[1].strip("\"'") if given else ""]:
-            yield options, change
+            name, *options = Path(path).read_bytes().decode(errors="replace").split("\0")
+            running += [" ".join(options)] if name.endswith("saslauthd") else []
+    for path in (name for pattern in SASLAUTHD for name in glob.glob(pattern)):
+        given = re.findall("(?m)^(?:OPTIONS|FLAGS)=[\"']?(.*)", Path(path).read_text())
+        change = f"sed -i -E 's/^(OPTIONS|FLAGS)=\"?/&-r /' {path} && service saslauthd restart"
+        yield from ((options, change) for options in running or given)
 
 
 def check_settings(session: Session) -> Says:
@@ -636,13 +610,17 @@ def check_daemon(session: Session) -> Says:
         since = format_moment(int(said.get("down_since") or 0) * 1_000_000, time.time_ns() // 1000)
         yield "PROBLEM", f"it cannot use the database since {since}", ""
     if said.get("rules_valid") == "no":
-        yield "PROBLEM", "the rules are not valid, it goes on with those before: --check", ""
+        yield (
+            "PROBLEM",
+            "the rules are not valid, those before are in force: saslquota.py --check",
+            "",
+        )
     if said.get("log_lines_lost", "0") != "0":
         yield "WARNING", f"{said['log_lines_lost']} log lines are lost: is syslog stuck?", ""
     if not said.get("first_request_at", "?"):
-        hours = int(said.get("uptime", 0)) // 3600
-        text = "Postfix has not asked it since its start"
-        yield "WARNING" if hours else "OK", f"{text}, {hours} hours ago", ""
+        is_long = int(said.get("uptime", 0)) >= saslquota.FIRST_REQUEST
+        text = f"Postfix has not asked it since it started, {said.get('uptime')} s ago"
+        yield "WARNING" if is_long else "OK", text, ""
 
 
 def check_log(session: Session, path: str) -> Says:
@@ -651,58 +629,63 @@ def check_log(session: Session, path: str) -> Says:
     with open(0 if path == "-" else path, errors="replace") as lines:
         for line in progress(lines, "lines"):
             found = LOG_LINE.match(line) if "/smtpd[" in line else None
-            if found and (not found[1] or time.time() - log_time(found[1]) < 86_400):
+            if found and log_age(found[1]) < 86_400:
                 sent[found[2]] = found[3] or ""  # not if it is refused at the end
-    logins = {login for login in sent.values() if login and "?" not in login}
+    logins = sorted({login for login in sent.values() if login and "?" not in login})
     cutoff = session.now - session.config.retentiondays * 86_400_000_000
-    since = f"recipients > 0 AND at > {session.store.BIND_TIME} ORDER BY seq DESC LIMIT 1"
+    newest = f"recipients > 0 AND at > {session.store.BIND_TIME} ORDER BY seq DESC LIMIT 1"
     missing = []
-    for login in sorted(logins):
+    for login in logins:
         user = login.rsplit("@", 1)[0] if session.config.ignoredomain else login
-        select = f"SELECT 1 FROM sends WHERE account = ? AND {since}"
-        if not session.store.run(select, [session.account(user), cutoff]):
+        values: list[saslquota.Value] = [session.account(user), cutoff]
+        if not session.store.run(f"SELECT 1 FROM sends WHERE account = ? AND {newest}", values):
             missing.append(login)
+    names = ", ".join(missing[:5]) + " ..." * (len(missing) > 5)
     if missing:
-        names = ", ".join(missing[:5]) + " ..." * (len(missing) > 5)
         text = f"{len(missing)} of {len(logins)} logins that sent are not counted: {names}"
         yield "PROBLEM", text, ""
     elif logins:
-        yield "OK", f"{path}: {len(logins)} logins sent in the last day, all are counted", ""
+        yield "OK", f"{path}: all {len(logins)} logins that sent in the last day are counted", ""
     else:
         yield "WARNING", f"{path}: no login has sent in the last day", ""
 
 
-def log_time(text: str) -> float:
-    """Unix time of ISO 8601, or of local time without a year as syslog writes it."""
-    if text[0].isdigit():
-        return datetime.fromisoformat(text).timestamp()
-    year = time.localtime().tm_year
-    times = (
-        time.mktime(time.strptime(f"{y} {text}", "%Y %b %d %H:%M:%S")) for y in (year, year - 1)
-    )
-    return next(at for at in times if at < time.time() + 86_400)
+def log_age(text: str | None) -> float:
+    """Seconds since ISO 8601, or since local time without a year; 0 if nothing is said."""
+    now, year = time.time(), time.localtime().tm_year
+    if not text or text[0].isdigit():
+        return now - datetime.fromisoformat(text).timestamp() if text else 0.0
+    times = (time.strptime(f"{y} {text}", "%Y %b %d %H:%M:%S") for y in (year, year - 1))
+    return next(age for age in (now - time.mktime(at) for at in times) if age > -86_400)
 
 
 def attempt(part: str, service: str, says: Says) -> Iterator[Finding]:
     try:
         for state, text, remedy in says:
             yield Finding(state, part, service, text, remedy)
-    except (SaslQuotaError, OSError) as error:
+    except (SaslQuotaError, OSError, LookupError, ValueError) as error:
         yield Finding("PROBLEM", part, service, *apart(str(error)))
 
 
 def examine_postfix(config: Config, directory: str) -> Iterator[Finding]:
+    where = ["-c", directory] if directory else []
     try:
-        postfix = Postfix(config, directory)
+        entries = [words(entry, r"\s") for entry in postconf(*where, "-M").splitlines() if entry]
+        services = [Service(entry, config, where) for entry in entries if entry[7] == "smtpd"]
     except ControlError as error:
-        yield Finding("WARNING", "postfix", "", str(error), "")
+        is_ours = re.search("not found|ermission", str(error))  # to see to, not Postfix's
+        yield Finding("WARNING" if is_ours else "PROBLEM", "postfix", "", str(error), "")
         return
-    for service in postfix.services:
-        found = dict.fromkeys(attempt("postfix", service.name, check_service(postfix, service)))
+    for service in services:
+        found = dict.fromkeys(attempt("postfix", service.name, check_service(service)))
         is_well = all(finding.state == "OK" for finding in found)
         yield from (finding for finding in found if is_well or finding.state != "OK")
-    yield from attempt("postfix", "", check_sasl(postfix))
-    if not any(postfix.hooks(service) for service in postfix.services):
+    with_cyrus = [
+        s for s in services if s.takes_logins and s.settings["smtpd_sasl_type"] == "cyrus"
+    ]
+    for service in with_cyrus[:1]:
+        yield from attempt("postfix", "", check_sasl(service))
+    if not any(service.hooks for service in services):
         yield Finding("PROBLEM", "postfix", "", "no service asks: nothing is counted", "")
 
 
@@ -722,8 +705,8 @@ def run_doctor(session: Session, arguments: argparse.Namespace) -> int:
         alike.setdefault(finding._replace(service=""), []).append(finding.service)
     lines = []
     for (state, part, _, text, remedy), services in alike.items():
-        names = ", ".join(filter(None, services))
-        lines.append(clean(f"{state:7}  {part:8}  {names}{': ' if names else ''}{text}"))
+        whose = f"{', '.join(services)}: ".removeprefix(": ")
+        lines.append(clean(f"{state:7}  {part:8}  {whose}{text}"))
         lines += [" " * 19 + clean(remedy)] if remedy else []
     count = collections.Counter(finding.state for finding in findings)
     then = "; then: postfix reload" if any("postconf" in f.remedy for f in findings) else ""
@@ -732,27 +715,21 @@ def run_doctor(session: Session, arguments: argparse.Namespace) -> int:
     return FAILED if count["PROBLEM"] else WARNING if count["WARNING"] else OK
 
 
-DOCTOR_HELP = """\
-Look at the settings, the store, the daemon and every service of Postfix that runs smtpd. Each line
-says OK, WARNING or PROBLEM; under it is the command that mends it, as far as one does. It changes
-nothing itself. Exit status: 0 all is well, 1 warnings, 2 problems.
-
-    saslquotactl.py doctor --log /var/log/mail.log
-
-With --log, also whether the logins that Postfix says have sent in the last day are counted.
-Afterwards, `postfix reload` lets Postfix read what was changed.
-"""
-
-
 def add_doctor_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "doctor",
         help="look whether all who log in are counted, and what is wrong if not",
-        description=DOCTOR_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Look at the settings, the store, the daemon and every service of Postfix that"
+        " runs smtpd. Under what is wrong stands the command that mends it. Exit status: 0 all is"
+        " well, 1 warnings, 2 problems. Example: saslquotactl.py doctor --log /var/log/mail.log",
     )
     parser.add_argument("--config-dir", metavar="DIR", default="", help="of Postfix, as postfix -c")
-    parser.add_argument("--log", metavar="FILE", default="", help="Postfix's; - is standard input")
+    parser.add_argument(
+        "--log",
+        metavar="FILE",
+        default="",
+        help="of Postfix: are those who sent in the last day counted?",
+    )
     parser.set_defaults(command=run_doctor)
 
 
