@@ -313,9 +313,9 @@ class Service:
         is_filtered = self.is_local and ("content_filter", "") in self.options
         self.takes_all_mail = is_filtered or fields[1] == "pass" or port in ("smtp", "25")
         self.is_for_users = port in ("submission", "submissions", "smtps", "587", "465")
-        self.takes_logins = self.settings["smtpd_sasl_auth_enable"] == "yes"
+        self.takes_logins = self.settings["smtpd_sasl_auth_enable"].lower() == "yes"
         self.ok_ends = config.okaction == "OK"
-        self.early = LISTS[:2] if self.settings["smtpd_delay_reject"] == "no" else []
+        self.early = LISTS[:2] if self.settings["smtpd_delay_reject"].lower() == "no" else []
         self.hooks = self.hooks_in(LISTS)
         self.in_time = [hook for hook in self.hooks if hook.setting not in self.early]
         self.asked = [hook for hook in self.in_time if not hook.behind]
@@ -375,7 +375,9 @@ class Service:
     def change(self, settings: Mapping[str, Iterable[str]]) -> str:
         """The command that changes settings of this entry. It takes no blanks."""
         texts = {name: re.sub(r"[\s,]+", ",", ",".join(s)) for name, s in settings.items()}
-        return self.command("-P", *(f"{self.name}/{name}={text}" for name, text in texts.items()))
+        changes = [f"{self.name}/{name}={text}" for name, text in texts.items()]
+        is_possible = not any(re.search(r"\{[^}]*\{", change) for change in changes)
+        return self.command("-P", *changes) if is_possible else ""
 
     def unhooked(self) -> dict[str, list[str]]:
         """The lists in which the daemon is asked, without it."""
@@ -489,11 +491,12 @@ def check_policy(service: Service, policy: str) -> Says:
     """Whether Postfix reaches the daemon, and waits long enough."""
     given, dbtimeout = attributes(policy), service.config.dbtimeout
     if not service.reaches(given[""]):
-        where, remedy = saslquota.address_of(service.config), service.cure()
-        if service.is_chrooted and service.endpoint().startswith("unix:/"):
-            where += f", outside of the chroot {service.settings['queue_directory']}"
-            remedy = service.command("-F", f"{service.name}/chroot=n")
-        yield "PROBLEM", f"asks {given['']}, but saslquota listens on {where}", remedy
+        text, remedy = f"asks {given['']}, but saslquota is {service.endpoint()}", service.cure()
+        if service.is_chrooted and service.endpoint().startswith("unix:"):
+            text += f", and this service is in the chroot {service.settings['queue_directory']}"
+            if service.endpoint().startswith("unix:/"):  # out of its reach
+                remedy = service.command("-F", f"{service.name}/chroot=n")
+        yield "PROBLEM", text, remedy
     timeout, action, limit = (
         given.get(name) or service.settings[f"smtpd_policy_service_{name}"]
         for name in ("timeout", "default_action", "request_limit")
@@ -512,8 +515,12 @@ def check_policy(service: Service, policy: str) -> Says:
 def check_sasl(service: Service) -> Says:
     """Whether Cyrus SASL lets several logins pass as one account, see SECURITY.md."""
     settings, config = service.settings, service.config
-    places = [*settings["cyrus_sasl_config_path"].split(":"), "/etc/postfix/sasl", "/etc/sasl2"]
-    files = [Path(place, f"{settings['smtpd_sasl_path']}.conf") for place in places if place]
+    places = [
+        *settings["cyrus_sasl_config_path"].split(":"),
+        f"{settings['config_directory']}/sasl",
+    ]
+    places = [place for place in [*places, "/etc/postfix/sasl", "/etc/sasl2"] if place]
+    files = [Path(place, f"{settings['smtpd_sasl_path']}.conf") for place in places]
     text = next((file.read_text(errors="replace") for file in files if file.exists()), "")
     if re.search(r"(?m)^pwcheck_method:.*\bsaslauthd\b", text):
         for options, remedy in () if config.ignoredomain else saslauthd_options():
@@ -528,15 +535,16 @@ def check_sasl(service: Service) -> Says:
 
 def saslauthd_options() -> Iterator[tuple[str, str]]:
     """The options of those that run, or else that the system would start; what adds -r to them."""
-    running = []
+    running, remedy, files = [], "", [name for pattern in SASLAUTHD for name in glob.glob(pattern)]
     for path in glob.glob(PROCESSES):
         with contextlib.suppress(OSError):
             name, *options = Path(path).read_bytes().decode(errors="replace").split("\0")
             running += [" ".join(options)] if name.endswith("saslauthd") else []
-    for path in (name for pattern in SASLAUTHD for name in glob.glob(pattern)):
-        given = re.findall("(?m)^(?:OPTIONS|FLAGS)=[\"']?(.*)", Path(path).read_text())
-        change = f"sed -i -E 's/^(OPTIONS|FLAGS)=\"?/&-r /' {path} && service saslauthd restart"
-        yield from ((options, change) for options in running or given)
+    for file in files:
+        remedy = f"sed -i -E 's/^(OPTIONS|FLAGS)=\"?/&-r /' {file} && service saslauthd restart"
+        for options in re.findall("(?m)^(?:OPTIONS|FLAGS)=[\"']?(.*)", Path(file).read_text()):
+            yield from [] if running else [(options, remedy)]
+    yield from ((options, remedy) for options in running)
 
 
 def check_settings(session: Session) -> Says:
@@ -546,11 +554,16 @@ def check_settings(session: Session) -> Says:
     yield "OK", f"{config.path}, {len(list(session.rules))} rules", ""
     for risk in saslquota.risks(config):
         if not risk.startswith("running as root"):  # we are, the daemon need not be
-            yield "WARNING", risk, f"chmod o-r {config.path}" if "chmod" in risk else ""
+            said, _, mode = risk.partition(": chmod ")
+            yield "WARNING", said, f"chmod {mode} {config.path}" if mode else ""
 
 
 def check_store(session: Session) -> Says:
     config, user = session.config, saslquota.daemon_user(session.config, "")
+    file = config.beside(config.sqlitefile).resolve()
+    if config.store == "sqlite" and os.geteuid() and file.exists() and not os.access(file, os.W_OK):
+        yield "WARNING", f"{file}: only root and the daemon's user can look into it", ""
+        return
     with saslquota.rights_of(user) if user else contextlib.nullcontext():
         found = saslquota.make_store(config).check()
     yield "OK", found, ""
@@ -571,14 +584,13 @@ def check_store(session: Session) -> Says:
         yield "WARNING", text, ""
     if isinstance(store, SQLiteStore):
         mounts = (line.split() for line in Path("/proc/mounts").read_text().splitlines())
-        file = config.beside(config.sqlitefile).resolve()
         kind = max((len(m[1]), m[2]) for m in mounts if file.is_relative_to(m[1]))[1]
         if kind in UNSAFE:
             yield "WARNING", f"the file is on {kind}, which does not keep what is counted", ""
         return
     ((flush,),) = store.run("SELECT @@innodb_flush_log_at_trx_commit")
     if flush != 1:
-        text = f"innodb_flush_log_at_trx_commit={flush}: a crash forgets the last sends"
+        text = f"innodb_flush_log_at_trx_commit={flush}: a crash forgets sends; see my.cnf, too"
         yield "WARNING", text, "mysql -e 'SET GLOBAL innodb_flush_log_at_trx_commit = 1'"
     try:
         store.run("SELECT 1 FROM events LIMIT 1")
@@ -625,20 +637,26 @@ def check_daemon(session: Session) -> Says:
 
 def check_log(session: Session, path: str) -> Says:
     """Whether the logins that Postfix says have sent in the last day are counted."""
+    try:
+        store = session.store
+    except SaslQuotaError:
+        yield "WARNING", f"{path}: not compared, as the store cannot be read", ""
+        return
     sent: dict[str, str] = {}  # by queue id
     with open(0 if path == "-" else path, errors="replace") as lines:
         for line in progress(lines, "lines"):
-            found = LOG_LINE.match(line) if "/smtpd[" in line else None
+            is_send = "/smtpd[" in line and ("sasl_username=" in line or ": reject: " in line)
+            found = LOG_LINE.match(line) if is_send else None
             if found and log_age(found[1]) < 86_400:
                 sent[found[2]] = found[3] or ""  # not if it is refused at the end
     logins = sorted({login for login in sent.values() if login and "?" not in login})
     cutoff = session.now - session.config.retentiondays * 86_400_000_000
-    newest = f"recipients > 0 AND at > {session.store.BIND_TIME} ORDER BY seq DESC LIMIT 1"
+    newest = f"recipients > 0 AND at > {store.BIND_TIME} ORDER BY seq DESC LIMIT 1"
     missing = []
     for login in logins:
         user = login.rsplit("@", 1)[0] if session.config.ignoredomain else login
         values: list[saslquota.Value] = [session.account(user), cutoff]
-        if not session.store.run(f"SELECT 1 FROM sends WHERE account = ? AND {newest}", values):
+        if not store.run(f"SELECT 1 FROM sends WHERE account = ? AND {newest}", values):
             missing.append(login)
     names = ", ".join(missing[:5]) + " ..." * (len(missing) > 5)
     if missing:
@@ -650,6 +668,7 @@ def check_log(session: Session, path: str) -> Says:
         yield "WARNING", f"{path}: no login has sent in the last day", ""
 
 
+@functools.lru_cache
 def log_age(text: str | None) -> float:
     """Seconds since ISO 8601, or since local time without a year; 0 if nothing is said."""
     now, year = time.time(), time.localtime().tm_year

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import pytest
 from helpers import StartDaemon, StartPostfix, mysql_config, require
-from servers.daemon import Daemon
+from servers.daemon import SERVICE, Daemon, as_user
 from servers.mariadb import Database, MariaDB, changed
 from servers.ports import LOOPBACK, free_port
 from servers.postfix import Postfix, recipients, refusal, send, service
-from servers.process import wait_for_log
+from servers.process import IS_ROOT, ROOT, wait_for_log
 
 import saslquota
 import saslquotactl
@@ -345,7 +345,7 @@ SETUPS = {
     "another port": SetUp(
         SMTP + entry(HOOKED),
         f"{SASLQUOTA} {{ inet:127.0.0.1:10009, default_action=DUNNO }}",
-        says=problem("asks inet:127.0.0.1:10009, but saslquota listens on 127.0.0.1:10008"),
+        says=problem("asks inet:127.0.0.1:10009, but saslquota is inet:127.0.0.1:10008"),
     ),
     "another port, written out": SetUp(
         SMTP
@@ -353,36 +353,44 @@ SETUPS = {
             f"{CLIENT}=check_policy_service,inet:127.0.0.1:1008",
             "smtpd_policy_service_default_action=DUNNO",
         ),
-        says=problem("asks inet:127.0.0.1:1008, but saslquota listens on 127.0.0.1:10008"),
+        says=problem("asks inet:127.0.0.1:1008, but saslquota is inet:127.0.0.1:10008"),
     ),
     "another host": SetUp(
         SMTP + entry(HOOKED),
         f"{SASLQUOTA} {{ inet:192.0.2.1:10008, default_action=DUNNO }}",
-        says=problem("asks inet:192.0.2.1:10008, but saslquota listens on 127.0.0.1:10008"),
+        says=problem("asks inet:192.0.2.1:10008, but saslquota is inet:127.0.0.1:10008"),
+    ),
+    "a port without its type": SetUp(
+        SMTP + entry(HOOKED),
+        f"{SASLQUOTA} {{ 127.0.0.1:10008, default_action=DUNNO }}",
+        says=problem("asks 127.0.0.1:10008, but saslquota is inet:127.0.0.1:10008"),
     ),
     "IPv6": SetUp(
         SMTP + entry(HOOKED),
         config={"bind": "::1"},
-        says=problem("asks inet:127.0.0.1:10008, but saslquota listens on ::1:10008"),
+        says=problem("asks inet:127.0.0.1:10008, but saslquota is inet:[::1]:10008"),
     ),
     "a port for a socket": SetUp(
         SMTP + entry(HOOKED),
         config={"bind": "unix:/var/spool/postfix/saslquota/policy"},
-        says=problem("asks inet:127.0.0.1:10008, but saslquota listens on unix:/var/spool/postfix"),
+        says=problem("asks inet:127.0.0.1:10008, but saslquota is unix:saslquota/policy, and"),
     ),
     "an absolute socket in a chroot": SetUp(
         SMTP + entry(HOOKED),
         f"{SASLQUOTA} {{ unix:/var/spool/postfix/saslquota/policy, default_action=DUNNO }}",
         {"bind": "unix:/var/spool/postfix/saslquota/policy"},
-        problem("asks unix:/var/spool/postfix/saslquota/policy, but saslquota listens on"),
+        problem(
+            "asks unix:/var/spool/postfix/saslquota/policy, but saslquota is"
+            " unix:saslquota/policy, and"
+        ),
     ),
     "a socket outside of the chroot": SetUp(
         SMTP + entry(HOOKED),
         f"{SASLQUOTA} {{ unix:/run/saslquota/policy, default_action=DUNNO }}",
         {"bind": "unix:/run/saslquota/policy"},
         problem(
-            "asks unix:/run/saslquota/policy, but saslquota listens on unix:/run/saslquota/policy,"
-            " outside of the chroot /var/spool/postfix"
+            "asks unix:/run/saslquota/policy, but saslquota is unix:/run/saslquota/policy, and"
+            " this service is in the chroot /var/spool/postfix"
         ),
     ),
     "a time-out": SetUp(
@@ -625,9 +633,11 @@ def test_saslauthd_whose_realm_is_cut_off(sasl: Path) -> None:
     assert told(sasl, ignoredomain=True) == []
 
 
-def test_no_saslauthd_at_all(sasl: Path) -> None:
+def test_a_saslauthd_that_something_else_starts(sasl: Path) -> None:
     (sasl / "default").unlink()
     assert told(sasl) == []
+    run_saslauthd(sasl, "-a", "pam")
+    assert [finding.remedy for finding in told(sasl)] == [""]
 
 
 # --- Settings, store, daemon ----------------------------------------------------------------------
@@ -925,10 +935,17 @@ def test_many_logins_that_are_not_counted(local: Session) -> None:
     assert log_says(local, text) == ("PROBLEM", expected)
 
 
+def test_no_store_to_compare_with(tmp_path: Path) -> None:
+    session = Session(Config(path=tmp_path / "saslquota.json", store="sqlite"))
+    expected = ("WARNING", "not compared, as the store cannot be read")
+    assert log_says(session, log_line("bob")) == expected
+
+
 def test_new_years_day(monkeypatch: pytest.MonkeyPatch) -> None:
     midnight = time.mktime((2026, 1, 1, 0, 0, 10, 0, 0, -1))
     monkeypatch.setattr(time, "time", lambda: midnight)
     monkeypatch.setattr(time, "localtime", lambda: time.struct_time((2026,) + (1,) * 8))
+    saslquotactl.log_age.cache_clear()
     assert saslquotactl.log_age("Dec 31 23:59:50") == 20
 
 
@@ -1000,3 +1017,22 @@ def test_a_broken_main_cf(well: list[str], capsys: pytest.CaptureFixture[str]) -
     Path(well[-1], "master.cf").write_text("smtp inet\n")
     assert saslquotactl.main(well) == 2
     assert "bad field count\n1 problems" in capsys.readouterr().out
+
+
+def test_without_being_root(well: list[str], new_directory: Callable[[], Path]) -> None:
+    """What only root can look into is not called broken."""
+    if not IS_ROOT:
+        pytest.skip("needs root")
+    directory = new_directory()
+    for name in ("saslquota.py", "saslquotactl.py"):
+        shutil.copy(ROOT / name, directory)
+    Path(well[1]).with_name("saslquota.db").chmod(0o644)
+    config = shutil.copytree(well[-1], directory / "etc")
+    for path in config.iterdir():
+        path.chmod(0o644)
+    command = [*as_user(SERVICE), directory / "saslquotactl.py", *well[:-1], config]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "WARNING  store     " in done.stdout
+    assert "only root and the daemon's user can look into it" in done.stdout
+    assert done.stdout.splitlines()[-1] == "0 problems, 1 warnings"
