@@ -1028,8 +1028,8 @@ def test_without_being_root(well: list[str], new_directory: Callable[[], Path]) 
         shutil.copy(ROOT / name, directory)
     Path(well[1]).with_name("saslquota.db").chmod(0o644)
     config = shutil.copytree(well[-1], directory / "etc")
-    for path in config.iterdir():
-        path.chmod(0o644)
+    for path in (config, *config.iterdir()):
+        path.chmod(0o755)
     command = [*as_user(SERVICE), directory / "saslquotactl.py", *well[:-1], config]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, "")
