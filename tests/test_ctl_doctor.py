@@ -174,6 +174,9 @@ SETUPS = {
         SMTP + entry(HOOKED),
         f"{SASLQUOTA} {{ inet:127.0.0.1:10008, {{ default_action = 451 4.7.1 later }} }}",
     ),
+    "before what users pass anyway": SetUp(
+        SMTP + entry(f"{RECIPIENT}=$saslquota,reject_unauth_destination")
+    ),
     "permit_mynetworks without networks": SetUp(
         SMTP + entry(f"{CLIENT}=permit_mynetworks,$saslquota"), "mynetworks =\n"
     ),
@@ -360,6 +363,11 @@ SETUPS = {
         f"{SASLQUOTA} {{ inet:192.0.2.1:10008, default_action=DUNNO }}",
         says=problem("asks inet:192.0.2.1:10008, but saslquota is inet:127.0.0.1:10008"),
     ),
+    "quite another port": SetUp(
+        SMTP + entry(HOOKED),
+        f"{SASLQUOTA} {{ inet:127.0.0.1:4444, default_action=DUNNO }}",
+        says=problem("asks inet:127.0.0.1:4444, but saslquota is inet:127.0.0.1:10008"),
+    ),
     "a port without its type": SetUp(
         SMTP + entry(HOOKED),
         f"{SASLQUOTA} {{ 127.0.0.1:10008, default_action=DUNNO }}",
@@ -451,7 +459,7 @@ def bad(findings: list[Finding]) -> list[Finding]:
 
 
 def run_remedy(finding: Finding) -> None:
-    done = subprocess.run(finding.remedy, shell=True, capture_output=True, text=True)
+    done = subprocess.run(finding.remedy, shell=True, cwd="/", capture_output=True, text=True)
     assert done.returncode == 0, (finding.remedy, done.stderr)
     assert "fatal" not in done.stderr, (finding.remedy, done.stderr)
 
