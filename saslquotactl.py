@@ -136,6 +136,10 @@ def json_time(microseconds: int) -> str:
     return datetime.fromtimestamp(microseconds / 1e6, UTC).isoformat(timespec="seconds")
 
 
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def progress(items: Iterable[Item], what: str, size: int = 1) -> Iterator[Item]:
     """Hand on the items, of which each is so many; from 2 s on show a terminal how far it is."""
     began, next_at = time.monotonic(), 2.0
@@ -543,12 +547,12 @@ def store_parts(session: Session) -> Iterator[Part]:
     store, now, uses = session.store, session.now, {}
     senders = tally(store, "account", f"at >= TIME AND {NO_POOL}", [now - HOUR])
     row = {"what": "store", "sent": sum(s["sent"] for s in senders), "senders": len(senders)}
-    text = f"{row['sent']} sent by {row['senders']} senders in the last hour"
+    text = f"{row['sent']} sent by {counted(row['senders'], 'sender')} in the last hour"
     yield OK, [f"store    {store}: {text}"], [row]
     try:
         uses = {use["account"]: use for use in filling(session)}
         row = {"what": "rules", "number": len(list(session.rules))}
-        yield OK, [f"rules    {session.config.quotafile}: {row['number']} rules"], [row]
+        yield OK, [f"rules    {session.config.quotafile}: {counted(row['number'], 'rule')}"], [row]
     except saslquota.ConfigError as error:
         yield WARNING, [f"rules    {error}"], [{"what": "rules", "error": str(error)}]
     events = read_events(store, "kind = 'refused' AND at >= TIME", [now - 25 * HOUR])

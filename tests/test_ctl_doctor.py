@@ -913,7 +913,7 @@ def test_logins_that_are_not_counted(local: Session, form: str, process: str) ->
 
 
 def test_logins_that_are_counted(local: Session) -> None:
-    expected = ("OK", "all 1 logins that sent in the last day are counted")
+    expected = ("OK", "of 1 login that sent in the last day all are counted")
     assert log_says(local, now_as(SYSLOG) + log_line("alice")) == expected
 
 
@@ -986,7 +986,7 @@ def test_all_is_well(well: list[str], capsys: pytest.CaptureFixture[str]) -> Non
     ("options", "status", "last"),
     [
         ((), 2, "2 problems, 0 warnings"),
-        (("smtpd_client_restrictions=permit_mynetworks,$saslquota",), 1, "0 problems, 1 warnings"),
+        (("smtpd_client_restrictions=permit_mynetworks,$saslquota",), 1, "0 problems, 1 warning"),
     ],
 )  # fmt: skip
 def test_what_it_prints(
@@ -1046,4 +1046,4 @@ def test_without_being_root(well: list[str], new_directory: Callable[[], Path]) 
     assert (done.returncode, done.stderr) == (1, "")
     assert "WARNING  store     " in done.stdout
     assert "only root and the daemon's user can look into it" in done.stdout
-    assert done.stdout.splitlines()[-1] == "0 problems, 1 warnings"
+    assert done.stdout.splitlines()[-1] == "0 problems, 1 warning"
