@@ -30,6 +30,7 @@ from servers.mariadb import Database, MariaDB, session
 from servers.ports import LOOPBACK, free_port, is_listening
 from servers.postfix import Postfix, any_certificate, is_accepted
 from servers.process import ROOT, Process, clean_environment, run, wait_for, wait_for_log
+from servers.supervisor import EmptySupervisor
 
 import saslquota
 from saslquota import Config, Window, load_config, load_rules
@@ -484,35 +485,6 @@ STOP_THE_OLD = block(UPGRADING, "From noskoski/postfix_saslquota 1.x", "sh")
 UNINSTALL = block(UPGRADING, "Uninstalling", "sh", "userdel")
 UNINSTALL_DATABASE = block(UPGRADING, "Uninstalling", "sql")
 UNINSTALL_POSTFIX = block(UPGRADING, "Uninstalling", "sh", "postconf")
-
-
-class EmptySupervisor(Process):
-    """A supervisord that runs nothing yet, with Debian's include line for a private conf.d."""
-
-    def __init__(self, directory: Path, port: int) -> None:
-        super().__init__(directory, "supervisord")
-        self.port = port
-        self.socket = directory / "control.sock"
-        self.config = directory / "supervisord.conf"
-        for name in ("conf.d", "log"):
-            (directory / name).mkdir()
-        self.config.write_text(
-            f"[unix_http_server]\nfile={self.socket}\n"
-            f"[supervisord]\nlogfile={directory}/supervisord.log\npidfile={directory}/pid\n"
-            "[rpcinterface:supervisor]\n"
-            "supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface\n"
-            f"[supervisorctl]\nserverurl=unix://{self.socket}\n"
-            f"[include]\nfiles={directory}/conf.d/*.conf\n"
-        )
-
-    def command(self) -> Sequence[str | Path]:
-        return ["supervisord", "--nodaemon", "--configuration", self.config]
-
-    def environment(self) -> dict[str, str]:
-        return clean_environment({"_bindport": self.port, "_loghandler": "stdout"})
-
-    def is_ready(self) -> bool:
-        return self.socket.exists()
 
 
 class Production:
