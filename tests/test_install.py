@@ -155,6 +155,9 @@ def test_set_up_and_uninstall(site: Site) -> None:
         assert "postfix reload" in said
         command = site.directory / "sbin" / "saslquotactl"
         assert subprocess.check_output([command, "--version"], text=True).startswith("saslquota ")
+        found = json.loads((site.opt / "saslquota.json").read_text("utf-8"))
+        assert found["_loglevel"] == "INFO"
+        assert found["_sqlitefile"] == f"{site.directory}/lib/saslquota.db"
         modes = {"opt": 0o755, "lib": 0o750, "opt/saslquota.json": 0o640, "opt/saslquota.py": 0o644}
         for name, mode in modes.items():
             assert (site.directory / name).stat().st_mode & 0o777 == mode, name
@@ -217,20 +220,10 @@ def test_settings_and_rules_stay(site: Site) -> None:
     rules = '{"default": {"period": "1h", "msgquota": 7}}'
     (site.opt / "saslquota.json").write_text(settings, "utf-8")
     (site.opt / "quotarules.json").write_text(rules)
-    for release in ("3.0.0", "3.1.0"):
-        site.release(release)
-        status, said = site.install()
-        assert status == 0, said
-        assert (site.opt / "saslquota.json").read_text("utf-8") == settings
-        assert (site.opt / "quotarules.json").read_text() == rules
-
-
-def test_new_settings_are_those_of_the_steps(site: Site) -> None:
-    assert site.install()[0] == 0
-    found = json.loads((site.opt / "saslquota.json").read_text("utf-8"))
-    assert found["_loglevel"] == "INFO"
-    assert found["_sqlitefile"] == f"{site.directory}/lib/saslquota.db"
-    assert "saslquotactl.py" in {path.name for path in site.opt.iterdir()}
+    status, said = site.install()
+    assert status == 0, said
+    assert (site.opt / "saslquota.json").read_text("utf-8") == settings
+    assert (site.opt / "quotarules.json").read_text() == rules
 
 
 def test_an_edited_service_file_stays(site: Site) -> None:
@@ -286,9 +279,10 @@ def test_an_interrupted_upgrade_is_taken_up_again(site: Site) -> None:
 
 def test_a_service_that_does_not_start_without_a_new_version(site: Site) -> None:
     """Then an older one, which is still there, is of no use."""
-    for release in ("3.0.0", "3.1.0"):
-        site.release(release)
-        assert site.install()[0] == 0
+    site.release("3.1.0")
+    assert site.install()[0] == 0
+    shutil.copy(site.opt / "saslquota.py", site.opt / "saslquota.py.old")
+    site.change(site.opt / "saslquota.py.old", lambda text: text.replace("3.1.0", "3.0.0"))
     site.pid.write_text("0\n")
     status, said = site.install()
     assert (status, site.version()) == (1, "3.1.0")
@@ -347,7 +341,7 @@ REAL_PYTHON = shutil.which("python3")
     [
         ("[ $1 != -c ] || exit 1", "first: apt-get install python3 python3-venv"),
         (
-            'case $2 in *version_info*) exit 1 ;; esac; [ $1 = -c ] || echo "Python 3.9.2"',
+            'case $2 in *version_info*) exit 2 ;; esac; [ $1 = -c ] || echo "Python 3.9.2"',
             "3.9.2 is too old",
         ),
     ],
