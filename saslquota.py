@@ -47,6 +47,7 @@ CONFIGURATION
     action     "REJECT"; "DEFER": 450 in place of 554; or "HOLD": accept, count, and let Postfix put
                the mail into its hold queue
     enforce    false: count, log "action=REJECT (not enforced)", and accept
+    notify     whether what is over it is an incident; by default if enforced, and not a quota of 0
     comment    any text, for whoever reads the file
 
 SIGNALS
@@ -87,7 +88,8 @@ HOW IT WORKS
         rules         reads the rules again when their file has changed
         server        accepts connections, makes room for them
         a connection  reads its requests and submits them: one for each smtpd process
-        committer     the ledger, accounts and store; answers what it has decided
+        committer     the ledger, accounts and store; answers what it has decided, and then notes
+                      the incidents that any thread may count
         watchdog      every 0.1 s: answers what is overdue, whatever the committer is doing
         log           writes the log lines
 
@@ -98,6 +100,7 @@ HOW IT WORKS
 from __future__ import annotations
 
 import argparse
+import bisect
 import codecs
 import collections
 import contextlib
@@ -315,6 +318,11 @@ class LogWriter(logging.Handler):
         self._stopping = True
         self._wake.set()
         self._thread.join(timeout)
+
+
+def valid_utf8(value: str) -> str:
+    """The value as UTF-8 that every database takes: bytes that were not UTF-8 are spelled out."""
+    return value.encode("utf-8", "backslashreplace").decode()
 
 
 # --- JSON files -----------------------------------------------------------------------------------
@@ -657,6 +665,14 @@ class Config:
         """A path that a setting holds: relative to the configuration file."""
         return self.path.parent / name
 
+    def account(self, login: str) -> str:
+        """The account of a login. It is longer than MAX_ACCOUNT if the login is too long."""
+        if self.ignoredomain and len(login) <= MAX_ACCOUNT:
+            user = login.rsplit("@", 1)[0]  # before folding: to libsasl only this is an @
+            domain = self.defaultdomain and "@" + self.defaultdomain
+            login = user + domain if user.strip() else login
+        return fold(login, self.defaultdomain)
+
 
 def load_config(path: Path, environ: Mapping[str, str], *, optional: bool = False) -> Config:
     """Read saslquota.json; variables of the environment override it. With some, an `optional` file
@@ -709,6 +725,12 @@ class Window:
     action: str = "REJECT"
     enforce: bool = True  # false: a refusal is only logged
     count: str = "recipients"
+    notify: bool | None = None  # None: if it is enforced, and not a quota of 0
+
+    @property
+    def notifies(self) -> bool:
+        """Whether the administrator wants to know of what is over it."""
+        return self.enforce and self.msgquota > 0 if self.notify is None else self.notify
 
     @property
     def refuses(self) -> bool:
@@ -920,6 +942,7 @@ RULE_FIELDS: dict[str, Callable[[Any], Any]] = {
     "count": read_choice("recipients", "messages"),
     "action": read_choice("REJECT", "DEFER", "HOLD"),
     "enforce": read_flag,
+    "notify": read_flag,
     "comment": read_text,
 }
 BUILT_IN = Window(0, 0, msg="sending quota exceeded, try again later")
@@ -1235,19 +1258,6 @@ class StoredEntry(NamedTuple):
     total: int
 
 
-class Order(NamedTuple):
-    """What an administrator has ordered for an account, as a row of the table `events`."""
-
-    account: str
-    kind: str  # "grant" or "block"
-    until: int | None  # microseconds since 1970, UTC; None: for good
-    amount: int | None  # of a grant: how many more
-    epoch: int | None  # of a grant: the account's when it was given
-
-    def is_over(self, now: int) -> bool:
-        return self.until is not None and self.until <= now
-
-
 COLUMNS = ", ".join(Entry._fields)
 Value = int | str | bytes | None  # in a statement
 PurgeMark = tuple[int, str, int]  # at, account, seq: how far a purge has come
@@ -1318,14 +1328,14 @@ class Store:
         """As run()."""
         raise NotImplementedError
 
-    def _run_each(self, sql: str, many: Sequence[Sequence[Value]]) -> list[Any]:
+    def run_each(self, sql: str, many: Sequence[Sequence[Value]]) -> list[Any]:
         """The rows that a SELECT gives for each of several lists of values, all together."""
         return [row for values in many for row in self.run(sql, values)]
 
     def _select(self, which: str, many: Sequence[Sequence[Value]]) -> list[StoredEntry]:
         """Entries of several accounts, in no order."""
         columns = f"account, seq, epoch, {self.SELECT_AT}, total - recipients, total"
-        rows = self._run_each(f"SELECT {columns} FROM sends WHERE {which}", many)
+        rows = self.run_each(f"SELECT {columns} FROM sends WHERE {which}", many)
         return [StoredEntry(*row) for row in rows]
 
     def newest_entries(self, wanted: Mapping[str, int], *, take_locks: bool) -> list[StoredEntry]:
@@ -1348,21 +1358,6 @@ class Store:
         older than the window that is searched for."""
         limit = 2 * WINDOW_CACHE_ROWS
         return self._select(f"account = ? AND seq > ? ORDER BY seq LIMIT {limit}", wanted)
-
-    def orders(self, since: int) -> list[Order]:
-        """The newest order of each account, unless it is a grant or block that ended before
-        `since`, or there is none in force any more."""
-        newer = (
-            "SELECT 1 FROM events AS n WHERE n.account = e.account AND n.number > e.number"
-            " AND n.kind IN ('grant', 'block', 'unblock')"
-        )
-        rows = self.run(
-            f"SELECT account, kind, {self.TIME.format('until')}, amount, epoch FROM events AS e"
-            f" WHERE kind IN ('grant', 'block') AND (until IS NULL OR until > {self.BIND_TIME})"
-            f" AND NOT EXISTS ({newer})",
-            [since],
-        )
-        return [Order(*row) for row in rows]
 
     def append(self, entries: Sequence[Entry]) -> None:
         """Write all the entries or none; they are durable when this returns."""
@@ -1404,7 +1399,7 @@ class Store:
     def tokens(self, entries: Sequence[Entry]) -> set[int]:
         """The tokens of what is stored at these entries' keys."""
         select = "SELECT token FROM sends WHERE account = ? AND seq = ?"
-        return {token for (token,) in self._run_each(select, [(e.account, e.seq) for e in entries])}
+        return {token for (token,) in self.run_each(select, [(e.account, e.seq) for e in entries])}
 
     def purge(self, before: int, after: PurgeMark) -> PurgeMark:
         """Look at PURGE_ROWS rows older than `before`, on from `after`, and delete those that are
@@ -1665,6 +1660,8 @@ LOCK_TIMEOUTS = frozenset({1205, 1317})  # 1317: see MySQLStore._interrupted_soo
 # 1062 duplicate key, 1213 deadlock (Galera: certification), 3101 Group Replication, 1020 record
 # changed since the snapshot (MariaDB 11)
 CONFLICTS = frozenset({1062, 1213, 3101, 1020})
+# What the server says of a table: only open() tells whether it is `sends`.
+OTHER_TABLE = frozenset({1054, 1142, 1143, 1146})
 CONNECTION_LOST = frozenset({2006, 2013, 2055, 4031, errno.EPIPE, errno.ECONNRESET})
 
 
@@ -1714,8 +1711,8 @@ class MySQLStore(Store):
         self._version = self._connector = ""  # the server's; the connector's, with its kind
 
     def __str__(self) -> str:
-        hosts = [self._hosts[0]] if self._connection else self._config.myhost
-        return f"MySQL {self._config.mydb} on {', '.join(hosts)}"
+        hosts = self._hosts[0] if self._connection else ", ".join(self._config.myhost)
+        return f"MySQL {self._config.mydb} on {hosts}"
 
     def open(self, deadline: float = math.inf) -> None:
         """Connect to the first host that takes sends, beginning with the last that did unless it
@@ -1774,29 +1771,21 @@ class MySQLStore(Store):
         except (self._error, OSError) as error:
             found = store_error(error)
             if isinstance(found, Unavailable):  # or the connection was just idle for too long
-                is_gone = getattr(error, "errno", None) in CONNECTION_LOST
-                self._host_failed = not is_gone or time.monotonic() - began > 1
+                number = getattr(error, "errno", None)
+                is_idle = number in CONNECTION_LOST and time.monotonic() - began <= 1
+                self._host_failed = not is_idle and number not in OTHER_TABLE
             raise found from error
 
-    def _run_each(self, sql: str, many: Sequence[Sequence[Value]]) -> list[Any]:
+    def run_each(self, sql: str, many: Sequence[Sequence[Value]]) -> list[Any]:
         """In one statement: a round trip may be long."""
         if not many:
             return []
-        selects = [f"({with_literals(sql, values)})" for values in many]
-        return self.run(" UNION ALL ".join(selects))
+        return self.run(" UNION ALL ".join(f"({with_literals(sql, values)})" for values in many))
 
     def newest_entries(self, wanted: Mapping[str, int], *, take_locks: bool) -> list[StoredEntry]:
         if take_locks:  # should this machine vanish now, the server must not keep them for hours
             self.run(f"SET SESSION wait_timeout = {self.statement_timeout + 1}")
         return super().newest_entries(wanted, take_locks=take_locks)
-
-    def orders(self, since: int) -> list[Order]:
-        host_failed = self._host_failed
-        try:
-            return super().orders(since)
-        except Unavailable:  # for want of this table the host has not failed
-            self._host_failed = host_failed
-            raise
 
     def append(self, entries: Sequence[Entry]) -> None:
         had_locks = self._in_locking_transaction
@@ -1869,9 +1858,107 @@ class MySQLStore(Store):
     def check(self) -> str:
         """What --check says of the store. Raises Unavailable."""
         self.open()
-        found = f"{self}: {self._version}, table sends found, {self._connector}"
-        self.close()
-        return found
+        with contextlib.closing(self):
+            return f"{self}: {self._version}, table sends found, {self._connector}"
+
+
+# --- Events ---------------------------------------------------------------------------------------
+
+INCIDENT_SPAN = 86_400_000_000  # microseconds; what is refused later than that begins another one
+RECENT_EVENTS = 10  # of an account that are looked at for its incident
+
+
+class Order(NamedTuple):
+    """What an administrator has ordered for an account, as a row of the table `events`."""
+
+    account: str
+    kind: str  # "grant" or "block"
+    until: int | None  # microseconds since 1970, UTC; None: for good
+    amount: int | None  # of a grant: how many more
+    epoch: int | None  # of a grant: the account's when it was given
+
+    def is_over(self, now: int) -> bool:
+        return self.until is not None and self.until <= now
+
+
+class Refused(NamedTuple):
+    """How many charges of an account were refused."""
+
+    account: str
+    number: int
+    line: str  # the first of them, in words
+
+
+def lasting_incident(events: Iterable[tuple[int, str, int]], now: int) -> int:
+    """The number of the incident that goes on, of an account's newest events, each as its number,
+    kind and time; 0 if there is none. After a day, a reset or an order the next refusal is news."""
+    for number, kind, at in sorted(events, reverse=True):
+        if kind == "refused":
+            return number if at > now - INCIDENT_SPAN else 0
+        if kind != "block":
+            return 0
+    return 0
+
+
+class Events:
+    """The table `events`: what administrators order, and whom the daemons have refused. Not needed
+    to count: it may be missing."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def orders(self, since: int) -> list[Order]:
+        """The newest order of each account, unless it is a grant or block that ended before
+        `since`, or there is none in force any more."""
+        of_each = "SELECT 1 FROM events AS n WHERE n.account = e.account"
+        newer = f"{of_each} AND n.number > e.number AND n.kind IN ('grant', 'block', 'unblock')"
+        until, bound = self._store.TIME.format("until"), self._store.BIND_TIME
+        rows = self._store.run(
+            f"SELECT account, kind, {until}, amount, epoch FROM events AS e WHERE kind IN"
+            f" ('grant', 'block') AND (until IS NULL OR until > {bound}) AND NOT EXISTS ({newer})",
+            [since],
+        )
+        return [Order(*row) for row in rows]
+
+    def _lasting_incidents(
+        self, accounts: Sequence[str], now: int
+    ) -> tuple[dict[str, int], dict[str, int]]:
+        """The number of each account's incident that goes on, if one does, and of its newest
+        event."""
+        events: dict[str, list[tuple[int, str, int]]] = {account: [] for account in accounts}
+        of_each = (
+            f"SELECT account, number, kind, {self._store.TIME.format('at')} FROM events"
+            f" WHERE account = ? ORDER BY number DESC LIMIT {RECENT_EVENTS}"
+        )
+        for account, *event in self._store.run_each(of_each, [[account] for account in accounts]):
+            events[account].append(tuple(event))
+        newest = {account: max(found, default=(0,))[0] for account, found in events.items()}
+        lasting = {account: lasting_incident(found, now) for account, found in events.items()}
+        return {account: number for account, number in lasting.items() if number}, newest
+
+    def note_refusals(self, refused: Sequence[Refused], now: int, author: str) -> set[str]:
+        """Count up the incidents of these accounts; return those of which one begins. Nothing is
+        counted if another daemon begins one meanwhile: a Conflict."""
+        lasting, newest = self._lasting_incidents([one.account for one in refused], now)
+        begun = [one for one in refused if one.account not in lasting]
+        if begun:
+            row = f"(?, ?, {self._store.BIND_TIME}, 'refused', ?, ?, ?, {self._store.BIND_TIME})"
+            values: list[Value] = []
+            for account, number, line in begun:
+                values += [account, newest[account] + 1, now, number, author, line, now]
+            columns = "account, number, at, kind, amount, author, note, last"
+            rows = ", ".join([row] * len(begun))
+            self._store.run(f"INSERT INTO events ({columns}) VALUES {rows}", values)
+        if lasting:
+            more = [value for one in refused for value in (one.account, one.number)]
+            keys = [value for key in lasting.items() for value in key]
+            self._store.run(
+                f"UPDATE events SET last = {self._store.BIND_TIME}, amount = amount + CASE account"
+                f"{' WHEN ? THEN ?' * len(refused)} END"
+                f" WHERE {' OR '.join(['(account = ? AND number = ?)'] * len(lasting))}",
+                [now, *more, *keys],
+            )
+        return {one.account for one in begun}
 
 
 # --- Accounts -------------------------------------------------------------------------------------
@@ -2216,20 +2303,18 @@ class Accounts:
     def __len__(self) -> int:
         return len(self._cache)
 
-    def __getitem__(self, name: str) -> CachedAccount:
-        """An account that refresh() was asked for."""
+    def __getitem__(self, name: str) -> CachedAccount:  # that refresh() was asked for
         return self._cache[name]
 
     def take_back(self, entries: Sequence[Entry]) -> None:
         """Forget what was appended, in this order, and not written."""
         for entry in reversed(entries):
-            if account := self._cache.get(entry.account):
+            if entry.total == entry.recipients:  # it may have begun an epoch
+                self._cache.pop(entry.account, None)
+            elif account := self._cache.get(entry.account):
                 account.take_back(entry)
-                if entry.total == entry.recipients:  # it may have begun an epoch
-                    del self._cache[entry.account]
 
-    def forget_all(self) -> None:
-        """Nothing is known on a new connection."""
+    def forget_all(self) -> None:  # nothing is known on a new connection
         self._cache.clear()
         self._clock.distrust()
 
@@ -2348,16 +2433,14 @@ class Accounts:
         """When the account's total came to this much within the period, in microseconds of the
         account's time. What is not remembered is searched for, but not often, as all others wait
         meanwhile: between two searches it is the time of the newest entry, the latest possible."""
-        account = self._cache[name]
-        window = account.windows[period]
+        account, window = self._cache[name], self._cache[name].windows[period]
         at = window.reached(total)
         if at is None and total <= account.total:
             at = account.at
             if self._retry_searches.allows():
                 start = account.time(now) - period * 1_000_000
                 search = Search(account, period, start, window.gone, account.seq, total)
-                ((_, found),) = self._search([search])
-                at = found[0].at if found else at
+                at = next((e.at for _, found in self._search([search]) for e in found), at)
         return account.time(now) if at is None else at  # None: an entry of this very batch
 
 
@@ -2378,9 +2461,8 @@ class Orders:
 
     def __init__(self, store: Store, retention: int, monotonic: Callable[[], float]) -> None:
         self._store = store
-        self._retention = (
-            retention  # microseconds: after it nothing that was sent on a grant counts
-        )
+        self._events = Events(store)
+        self._retention = retention  # microseconds: for so long a send on a grant may count
         self._monotonic = monotonic
         self._orders: dict[str, Order] = {}  # by account
         self._next_read = -math.inf  # monotonic seconds
@@ -2397,7 +2479,7 @@ class Orders:
             return
         self._next_read = self._monotonic() + FRESHNESS
         try:
-            found = self._store.orders(max(0, now - self._retention))
+            found = self._events.orders(max(0, now - self._retention))
             self._orders = {order.account: order for order in found}
         except StoreError as error:
             self._store.run("SELECT 1")
@@ -2461,6 +2543,14 @@ class Verdict(NamedTuple):
     over_quota: bool = False  # refused, unless the window is not enforced
     repeatable_until: float = 0.0  # monotonic seconds; until then a refusal needs no look
     retry_at: float | None = None  # monotonic seconds; when the charge fits, as far as needed
+
+    @property
+    def usage(self) -> str:
+        """In words, for the log."""
+        window = self.window
+        share = 100 * self.used / window.msgquota if window.msgquota else 100
+        quota = f"{self.used}/{window.limit_text} ({share:.2f}%)"
+        return f"rule={window.rule}, quota {quota}, period={window.period}"
 
 
 class Usage(NamedTuple):
@@ -2764,6 +2854,18 @@ class Ledger:
             raise
         batch.entries, batch.verdicts = decision.entries(), verdicts
 
+    def note_refusals(self, refused: Sequence[Refused], author: str) -> set[str]:
+        """As Events.note_refusals()."""
+        now = self._accounts.read_clock().clock
+        return Events(self._store).note_refusals(refused, now, author)
+
+    def open_if_lost(self) -> None:
+        """Open the store anew if it does not answer. Raises Unavailable."""
+        try:
+            self._store.run("SELECT 1")
+        except StoreError:
+            self.open()
+
     def purge(self) -> bool:
         """Delete some sends older than the retention; False when there are no more, or while the
         clock may be wrong: it would empty the table.
@@ -2779,6 +2881,110 @@ class Ledger:
             self.open()
             return True
         return self._purged != PURGE_START
+
+
+# --- Incidents ------------------------------------------------------------------------------------
+
+NOTE_INTERVAL = 1.0  # seconds between two notes of what was refused
+COUNT_INTERVAL = 60.0  # seconds after which an incident is counted up
+NOTED_AT_ONCE = 50  # accounts: some milliseconds in which all others wait
+MAX_AUTHOR = 64  # characters; the column's width
+MAX_NOTE = 400  # characters; the column's width
+NOTE_PAUSE = 60.0  # seconds when a lock was met: while it waits, all others do
+
+
+class Tally:
+    """What was refused to one account, or was over a quota that is not enforced."""
+
+    __slots__ = ("_counter", "_noted", "_reads", "last", "next_note_at")
+
+    def __init__(self) -> None:
+        self.last: tuple[Request, Verdict] | None = None
+        self.next_note_at = 0.0  # monotonic seconds
+        self._counter = itertools.count()  # next() is one step: many threads count, without a lock
+        self._reads = 0  # which are counted, too
+        self._noted = 0
+
+    def count(self, request: Request, verdict: Verdict) -> None:
+        self.last = request, verdict
+        next(self._counter)
+
+    def unnoted(self) -> int:
+        self._reads += 1
+        return next(self._counter) - self._reads + 1 - self._noted
+
+    def note(self, number: int, next_note_at: float) -> None:
+        self._noted += number
+        self.next_note_at = next_note_at
+
+
+class Incidents:
+    """Counts what is refused, in any thread, and notes it in the table `events`, in the
+    committer's."""
+
+    def __init__(self) -> None:
+        self._tallies: dict[str, Tally] = {}  # by account
+        self.next_note_at = 0.0  # monotonic seconds
+        self.begun = 0
+        self._host = socket.gethostname()[:MAX_AUTHOR]
+        self._complaints = RateLimit(REMINDER_INTERVAL)
+
+    def count(self, login: str, request: Request, verdict: Verdict) -> None:
+        window = verdict.window
+        is_pool = window.rule == "*" or window.rule.startswith("@")
+        account = POOL_PREFIX + window.rule if is_pool else login
+        tally = self._tallies.get(account)
+        if tally is None:
+            if len(self._tallies) >= CACHED_ACCOUNTS:
+                return
+            tally = self._tallies.setdefault(account, Tally())
+        tally.count(request, verdict)
+
+    def due(self, now: float) -> list[Refused]:
+        """What is to be noted at this time, in monotonic seconds; forgets who has stopped."""
+        found: list[Refused] = []
+        for account, tally in list(self._tallies.items()):
+            if tally.next_note_at > now:
+                continue
+            number = tally.unnoted()
+            if number and tally.last and len(found) < NOTED_AT_ONCE:
+                found.append(Refused(account, number, incident_text(*tally.last)))
+            elif not number:
+                del self._tallies[account]
+        return found
+
+    def note(self, ledger: Ledger) -> None:
+        """Note what is due; what cannot be noted is tried again. Raises Unavailable."""
+        now = time.monotonic()
+        self.next_note_at = now + NOTE_INTERVAL
+        refused = self.due(now)
+        if not refused:
+            return
+        try:
+            begun = ledger.note_refusals(refused, self._host)
+        except StoreError as error:
+            is_locked = isinstance(error, LockTimeout)
+            self.next_note_at += NOTE_PAUSE if is_locked else 0
+            was_other_first = isinstance(error, Conflict) and not is_locked
+            if not was_other_first and self._complaints.allows():
+                log.error("incidents (table events) cannot be noted: %s", error)
+            ledger.open_if_lost()
+            return
+        self.have_noted(refused, now)
+        self.begun += len(begun)
+        for one in refused:
+            if one.account in begun:
+                log.warning("incident: account=%s, %s", log_value(one.account), one.line)
+
+    def have_noted(self, refused: Iterable[Refused], now: float) -> None:
+        for account, number, _ in refused:
+            self._tallies[account].note(number, now + COUNT_INTERVAL)
+
+
+def incident_text(request: Request, verdict: Verdict) -> str:
+    address, sender = map(log_value, (request.client_address, request.sender))
+    text = f"{verdict.usage}, client_address={address}, sender={sender}"
+    return valid_utf8(UNPRINTABLE.sub("?", text))[:MAX_NOTE]
 
 
 # --- Committer ------------------------------------------------------------------------------------
@@ -2900,6 +3106,10 @@ class Outage:
         with self._lock:
             self.lasts = self._is_final = True
 
+    def status(self) -> dict[str, object]:
+        since = round(self.began_at) if self.lasts else ""
+        return {"store": "down" if self.lasts else "up", "down_since": since}
+
     def end(self) -> None:
         """A charge has been accepted, and written."""
         if self._is_logged and not self.lasts:
@@ -2993,7 +3203,8 @@ class Committer(threading.Thread):
     gathering  taking what is in the queue                charging; the fallback in an outage
     charging   in the ledger, the only state that may     idle; a StoreError begins an outage
                take long
-    chore      purging a bite, or reconnecting            idle
+    chore      noting incidents, purging a bite, or       idle
+               reconnecting
 
     Other threads only submit(), which uses the queue, the watchdog, and what Outage and Refusals
     say; and the main thread ends it.
@@ -3009,6 +3220,7 @@ class Committer(threading.Thread):
         self._queue: queue.SimpleQueue[PendingCharge | None] = queue.SimpleQueue()
         self._locked_accounts = LockedAccounts(ledger, outage.consequence)
         self._next_purge_at = 0.0  # monotonic seconds
+        self.incidents = Incidents()
         self._bugs = RateLimit(1.0)
         self._stopping = False
 
@@ -3036,12 +3248,8 @@ class Committer(threading.Thread):
         return pending
 
     def status(self) -> dict[str, object]:
-        lasts = self._outage.lasts
-        return {
-            "store": "down" if lasts else "up",
-            "down_since": round(self._outage.began_at) if lasts else "",
-            "accounts_remembered": self._ledger.accounts_remembered,
-        }
+        found = {"accounts_remembered": self._ledger.accounts_remembered}
+        return {**self._outage.status(), **found, "incidents": self.incidents.begun}
 
     def give_up(self) -> None:
         """Let everybody who still waits have the fallback, within WATCH_INTERVAL."""
@@ -3061,7 +3269,7 @@ class Committer(threading.Thread):
             batch = self._gather()
             try:
                 self._charge_batch(batch)
-                self._purge_or_reconnect()
+                self._do_chore()
             except StoreError as error:
                 self._outage.begin(error)
             except Exception:  # no bug may end the thread that all wait for
@@ -3129,12 +3337,14 @@ class Committer(threading.Thread):
                 free.append(pending)
         return free
 
-    def _purge_or_reconnect(self) -> None:
-        """Do the chore that is due, if any. Raises Unavailable."""
+    def _do_chore(self) -> None:
+        """Do the one that is due, if any. Raises Unavailable."""
         now = time.monotonic()
         if self._outage.lasts:
             if now >= self._outage.retry_at and not self._ledger.stopping:
                 self._reconnect()
+        elif now >= self.incidents.next_note_at:
+            self.incidents.note(self._ledger)
         elif now >= self._next_purge_at:
             self._next_purge_at = now + PURGE_PUT_OFF
             try:
@@ -3172,6 +3382,7 @@ class Answer(NamedTuple):
     verdict: Verdict | None = None
     reason: str = ""  # why nothing was counted
     msg: str = ""  # of the window that the charge is over
+    login: str = ""  # the account that is over it, unless that is a pool's
 
     @property
     def outcome(self) -> str:
@@ -3229,9 +3440,8 @@ class Policy:
     def __init__(self, config: Config, rules: RulesFile) -> None:
         self._rules = rules
         self._accept = config.okaction
-        self._defaultdomain, self._ignoredomain = config.defaultdomain, config.ignoredomain
+        self._account = config.account
         self._stores_address = config.storeaddress
-        self._domain_part = config.defaultdomain and "@" + config.defaultdomain
         self._nosasl = "REJECT authentication required" if config.nosasl == "REJECT" else "DUNNO"
         passes = config.onfailure == "OK"
         self._fallback = "OK" if passes else f"DEFER_IF_PERMIT {self.UNAVAILABLE}"
@@ -3278,13 +3488,6 @@ class Policy:
         address = packed_address(request.client_address) if self._stores_address else b""
         return Origin(instance, address, sender)
 
-    def _account(self, login: str) -> str:
-        """The account of a login. It is longer than MAX_ACCOUNT if the login is too long."""
-        if self._ignoredomain and len(login) <= MAX_ACCOUNT:
-            user = login.rsplit("@", 1)[0]  # before folding: to libsasl only this is an @
-            login = user + self._domain_part if user.strip() else login
-        return fold(login, self._defaultdomain)
-
     def _uncounted(self, request: Request, login: str) -> Answer | None:
         """The answer to a request that no rule applies to."""
         if request.protocol_state not in self.COUNTED:
@@ -3304,7 +3507,7 @@ class Policy:
             return Answer(self._accept, rule, verdict)
         msg = refusal_text(message.login, verdict, recipients_of(request))
         action = f"{verdict.window.action} {msg}" if verdict.window.enforce else self._accept
-        return Answer(action, rule, verdict, msg=msg)
+        return Answer(action, rule, verdict, msg=msg, login=message.login)
 
 
 def packed_address(text: str) -> bytes:
@@ -3339,11 +3542,6 @@ def refusal_text(login: str, verdict: Verdict, recipients: int) -> str:
     return window.msg.format_map(values)
 
 
-def valid_utf8(value: str) -> str:
-    """The value as UTF-8 that every database takes: bytes that were not UTF-8 are spelled out."""
-    return value.encode("utf-8", "backslashreplace").decode()
-
-
 # --- Server ---------------------------------------------------------------------------------------
 
 RECV_BYTES = 4096  # at a time; each waiting connection has that much at hand
@@ -3351,6 +3549,7 @@ FIRST_REQUEST = 3600.0  # seconds after the start in which Postfix should have a
 SETTLING = 3.0  # seconds in which Postfix gets from HELO to where a request is counted
 MOMENT = 1.0  # seconds in which Postfix asks twice, if it does
 REPLY_CHECK = 1.0  # seconds of silence until a connection looks whether its reply was taken
+DECISION_SECONDS = (0.001, 0.005, 0.025, 0.1, 1.0)  # a histogram's bounds
 SILENCE = 0.25  # seconds; Postfix connects to ask, and does so within milliseconds
 
 
@@ -3413,6 +3612,42 @@ def identity(request: Request) -> tuple[str, str, str]:
     return request.instance, request.recipient, request.protocol_state
 
 
+class Counters:
+    """What a connection has been answered: one reply at a time, so this needs no lock."""
+
+    __slots__ = ("outcomes", "recipients", "seconds", "took")
+
+    def __init__(self) -> None:
+        self.outcomes = dict.fromkeys(OUTCOMES, 0)
+        self.recipients = 0  # accepted
+        self.seconds = 0.0  # from request to reply, in all
+        self.took = [0] * (len(DECISION_SECONDS) + 1)  # how many up to each, and longer
+
+    def count(self, request: Request, answer: Answer, seconds: float) -> None:
+        self.outcomes[answer.outcome] += 1
+        if answer.verdict and answer.verdict.accepted:
+            self.recipients += recipients_of(request)
+        self.seconds += seconds
+        self.took[bisect.bisect_left(DECISION_SECONDS, seconds)] += 1
+
+    def add(self, other: Counters) -> None:
+        for outcome, number in other.outcomes.items():
+            self.outcomes[outcome] += number
+        self.recipients += other.recipients
+        self.seconds += other.seconds
+        self.took = [mine + more for mine, more in zip(self.took, other.took, strict=True)]
+
+    def status(self) -> dict[str, object]:
+        bounds = [*map("{:g}".format, DECISION_SECONDS), "inf"]
+        sums = itertools.accumulate(self.took)
+        return {
+            **{f"requests_{outcome}": number for outcome, number in self.outcomes.items()},
+            "recipients": self.recipients,
+            **{f"decision_seconds_le_{b}": n for b, n in zip(bounds, sums, strict=True)},
+            "decision_seconds_sum": f"{self.seconds:.6f}",
+        }
+
+
 class PolicyHandler(socketserver.BaseRequestHandler):
     """One connection, in a thread of its own, and the order of the steps: policy.charge(),
     committer.submit(), policy.answer(), reply. The thread that has the verdict, as a rule the
@@ -3438,7 +3673,7 @@ class PolicyHandler(socketserver.BaseRequestHandler):
 
     def setup(self) -> None:
         self.number = next(self.numbers)
-        self._started = self._last_used = time.monotonic()
+        self._started = self._last_used = self._asked_at = time.monotonic()
         self._deadline: float | None = self._started + self.server.client_timeout
         self._message = Message()
         self._last_accepted: Request | None = None
@@ -3447,9 +3682,8 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         self._unsent = b""
         self._bug: Exception | None = None  # met in another thread
         self._recv_timeout = 0.0  # seconds, 0 for ever
-        self.between_requests = True
-        self.has_asked = False
-        self.outcomes = dict.fromkeys(OUTCOMES, 0)  # one thread at a time, see _replying
+        self.between_requests, self.has_asked = True, False
+        self.counters = Counters()
         self.request.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._set_timeout(socket.SO_SNDTIMEO, self.server.client_timeout)
         self.server.handlers.add(self)
@@ -3463,12 +3697,9 @@ class PolicyHandler(socketserver.BaseRequestHandler):
                 log.warning("[%d] malformed input, connection closed: %s", self.number, error)
             self._await_reply()
         except (TimeoutError, BlockingIOError):
-            log.info(
-                "[%d] connection closed: no complete request, or reply not taken,"
-                " within _bindtimeout (%d s)",
-                self.number,
-                self.server.client_timeout,
-            )
+            reason = "no complete request, or reply not taken, within _bindtimeout"
+            timeout = self.server.client_timeout
+            log.info("[%d] connection closed: %s (%d s)", self.number, reason, timeout)
         except OSError as error:
             log.info("[%d] connection lost: %s", self.number, error.strerror)
 
@@ -3490,7 +3721,7 @@ class PolicyHandler(socketserver.BaseRequestHandler):
 
     def _submit(self, request: Request) -> None:
         self._replying.acquire()
-        self._pending = None
+        self._asked_at, self._pending = time.monotonic(), None
         if request.is_status:
             self._send(self.server.status())
             self._replying.release()
@@ -3559,7 +3790,7 @@ class PolicyHandler(socketserver.BaseRequestHandler):
     def _reply(self, request: Request, answer: Answer) -> None:
         """Send the reply, as far as the client takes it at once; then log it."""
         self._send(format_reply(answer.action))
-        self.outcomes[answer.outcome] += 1
+        self.counters.count(request, answer, self._last_used - self._asked_at)
         self.server.log_decision(self.number, request, answer, self._last_accepted)
         self._last_accepted = request if answer.verdict and answer.verdict.accepted else None
         self._replying.release()
@@ -3593,12 +3824,11 @@ def verdict_line(request: Request, answer: Answer) -> str:
     verdict, msg = answer.verdict, ""
     counted = f"not counted ({answer.reason}), action={answer.action}"
     if verdict:
-        used, window = verdict.used, verdict.window
-        share = 100 * used / window.msgquota if window.msgquota else 100
-        counted = f"rule={window.rule}, quota {used}/{window.limit_text} ({share:.2f}%),"
-        action = window.action if verdict.over_quota else "ACCEPT"
-        counted += f" period={window.period}, action={action}"
-        counted += " (not enforced)" if verdict.over_quota and not window.enforce else ""
+        counted = (
+            f"{verdict.usage}, action={verdict.window.action if verdict.over_quota else 'ACCEPT'}"
+        )
+        is_trial = verdict.over_quota and not verdict.window.enforce
+        counted += " (not enforced)" if is_trial else ""
         msg = f", msg={answer.msg}" if verdict.over_quota else ""
     recipients = f", recipients={recipients_of(request)}" if request.is_whole_message else ""
     login, rcpt, sender = map(log_value, (request.sasl_username, request.recipient, request.sender))
@@ -3622,7 +3852,7 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.committer = committer
         self.client_timeout = config.bindtimeout  # seconds
         self.handlers: set[PolicyHandler] = set()
-        self._ended = collections.Counter(dict.fromkeys(OUTCOMES, 0))  # of connections that ended
+        self._ended = Counters()  # of connections that have ended
         self._ending = threading.Lock()
         self._started = time.monotonic()
         self.log_verdict: Callable[[int, str], None] = log.log
@@ -3664,8 +3894,10 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             if answer.rule:
                 log.debug("[%d] quota rule selected: (%s)", number, answer.rule.key)
             log.debug("thread count: %d", len(self.handlers) + 1)
-        if answer.verdict:
-            level = logging.WARNING if answer.verdict.over_quota else logging.INFO
+        if verdict := answer.verdict:
+            level = logging.WARNING if verdict.over_quota else logging.INFO
+            if verdict.over_quota and verdict.window.notifies:
+                self.committer.incidents.count(answer.login, request, verdict)
         elif answer.action != "DUNNO":
             level = logging.WARNING
         else:
@@ -3678,22 +3910,23 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """A connection has ended."""
         with self._ending:
             self.handlers.discard(handler)
-            self._ended.update(handler.outcomes)
+            self._ended.add(handler.counters)
 
     def status(self) -> bytes:
         """The reply to request=status: name=value lines, closed by an empty one. Times are Unix
         times, or empty; requests are counted since the start."""
         with self._ending:
-            outcomes = collections.Counter(self._ended)
+            counters = Counters()
+            counters.add(self._ended)
             for handler in list(self.handlers):
-                outcomes.update(handler.outcomes)
+                counters.add(handler.counters)
         first, last = self.hints.first_request_at, self.hints.last_request_at
         values: dict[str, object] = {
             "version": __version__,
             "uptime": int(time.monotonic() - self._started),
             **self.committer.status(),
             "connections": len(self.handlers),
-            **{f"requests_{outcome}": outcomes[outcome] for outcome in OUTCOMES},
+            **counters.status(),
             "first_request_at": round(first) or "",
             "last_request_at": round(last) or "",
             **self.policy.status(),

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from ctl import Site
 from fleet import StartFleet
 from helpers import DAY, in_background, require
 from servers.daemon import Daemon, PolicyClient, copy_shipped
@@ -36,7 +37,9 @@ import saslquota
 from saslquota import Config, Window, load_config, load_rules
 
 NAMES = ["README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md"]
-NAMES += [f"docs/{name}.md" for name in ("install", "rules", "operation", "upgrading")]
+NAMES += [
+    f"docs/{name}.md" for name in ("install", "rules", "operation", "upgrading", "saslquotactl")
+]
 DOCUMENTS = {name: (ROOT / name).read_text("utf-8") for name in NAMES}
 README, INSTALL, RULES, OPERATION, UPGRADING = (
     "README.md",
@@ -137,6 +140,7 @@ def test_shell_syntax(script: str) -> None:
 NOT_RUN: Mapping[str, str] = {  # by the beginning of their text
     "apt-get install ": "tests/run has installed these packages, see test_packages",
     "tests/run\n": "it runs this file",
+    "saslquotactl.py queue ": "it needs Postfix: see the tests of that command",
 }
 
 
@@ -477,8 +481,8 @@ UNDER_SUPERVISORD = block(README, "3. Start", "sh", "reread")
 LISTENS = block(README, "3. Start", "sh", "ss -ltn")
 RESTART_AND_RELOAD = block(OPERATION, "Restart and reload", "sh", "HUP")
 CHECK_AND_RESTART = block(OPERATION, "Restart and reload", "sh", "--check")
-CHECK_AT_NIGHT = block(OPERATION, "At 3 a.m.", "sh", "--check")
-START_AT_NIGHT = block(OPERATION, "At 3 a.m.", "sh", "supervisorctl start")
+CHECK_AT_NIGHT = block(OPERATION, "When something is down", "sh", "--check")
+START_AT_NIGHT = block(OPERATION, "When something is down", "sh", "supervisorctl start")
 UPGRADE = block(UPGRADING, "From 2.0 on", "sh", "install")
 WAY_BACK = block(UPGRADING, "From 2.0 on", "sh", "cp /opt/saslquota/saslquota.py.old")
 STOP_THE_OLD = block(UPGRADING, "From noskoski/postfix_saslquota 1.x", "sh")
@@ -494,12 +498,14 @@ class Production:
         self.directory = directory
         self.opt = directory / "opt"
         self.log = directory / "log" / "saslquota.log"
+        (directory / "sbin").mkdir()
         self.supervisor = EmptySupervisor(directory, free_port())
 
     def private(self, text: str) -> str:
         """The commands with everything that belongs to the system replaced."""
         for old, new in (
             ("/opt/saslquota", f"{self.opt}"),
+            ("/usr/local/sbin", f"{self.directory}/sbin"),
             ("/var/lib/saslquota", f"{self.directory}/lib"),
             ("/etc/supervisor/conf.d", f"{self.directory}/conf.d"),
             ("/var/log/supervisor", f"{self.directory}/log"),
@@ -585,6 +591,10 @@ def test_production(production: Production) -> None:
     with PolicyClient(production.supervisor.port) as policy:
         assert policy.ask() == "OK"
     assert (lib / "saslquota.db").exists()
+    control = production.directory / "sbin" / "saslquotactl.py"
+    environment = production.supervisor.environment()  # has the daemon's port
+    assert "alice@example.com" in run([control, "top"], env=environment)
+    assert run([control, "status", "-q"], env=environment) == ""
 
 
 @pytest.mark.slow
@@ -653,7 +663,7 @@ def test_uninstalling(new_directory: Callable[[], Path]) -> None:
         assert userdel == "userdel saslquota\n"
         assert "saslquota: removed process group" in made.run("".join(commands))
         assert not is_listening(made.supervisor.port)
-        for name in ("opt", "lib", "conf.d/saslquota_supervisor.conf"):
+        for name in ("opt", "lib", "conf.d/saslquota_supervisor.conf", "sbin/saslquotactl.py"):
             assert not (made.directory / name).exists()
 
 
@@ -822,7 +832,7 @@ UNCOMMENT = block(INSTALL, "Postfix: submission", "sh")
 PER_MESSAGE = block(INSTALL, "Recipients or messages", "sh")
 OTHER_MASTER = block(INSTALL, "Other mail systems", "sh")
 PORT_25 = block(INSTALL, "Port 25", "sh")
-BYPASS = block(OPERATION, "At 3 a.m.", "sh", "saslquota ='")
+BYPASS = block(OPERATION, "When something is down", "sh", "saslquota ='")
 
 
 @pytest.fixture
@@ -1455,13 +1465,17 @@ def test_rows_that_are_locked(daemon: START, database: Database) -> None:
         wait_for(lambda: re.search(pattern(line), started.log()), 10, line)
 
 
-# --- Usage and unblocking -------------------------------------------------------------------------
+# --- At 3 a.m. ------------------------------------------------------------------------------------
 
-STATEMENTS = {
-    heading: [block(OPERATION, heading, "sql", word) for word in ("AS used", "AS sent", "'reset'")]
-    for heading in ("MySQL, MariaDB", "SQLite")
-}
-SQLITE_CLIENT = block(OPERATION, "SQLite", "sh")
+WHO_IS_IT = block(OPERATION, "Who is it?", "sh", "top")
+WHO_IT_IS = block(OPERATION, "Who is it?", "", "QUOTA")
+SHOW_HIM = block(OPERATION, "Who is it?", "sh", "show")
+SHOWN = block(OPERATION, "Who is it?", "", "refused until")
+BLOCK_HIM = block(OPERATION, "A password was stolen", "sh", "py block")
+UNBLOCK_HIM = block(OPERATION, "A password was stolen", "sh", "unblock")
+LET_HIM_SEND = block(OPERATION, "One sender is refused and must send now", "sh")
+STATUS_QUIET = block(OPERATION, "Monitoring", "sh", "status -q")
+SQLITE_CLIENT = block(OPERATION, "Logins that are not used any more", "sh")
 QUOTA = {"default": {"period": 3600, "msgquota": 5, "msg": "no more"}}
 Sql = Callable[[str], list[str]]
 
@@ -1473,12 +1487,9 @@ def sqlite_rows(path: Path, statement: str) -> list[str]:
 
 
 @pytest.fixture(params=["sqlite", "mariadb", "mysql"])
-def counting(
-    request: pytest.FixtureRequest, daemon: START
-) -> tuple[Daemon, Sql, Callable[[str], str]]:
-    """A daemon, what runs SQL in its ledger, and the documented statement with a word in it."""
-    heading = "SQLite" if request.param == "sqlite" else "MySQL, MariaDB"
-    if heading == "SQLite":
+def counting(request: pytest.FixtureRequest, daemon: START) -> tuple[Daemon, Sql]:
+    """A daemon, and what runs SQL in its ledger."""
+    if request.param == "sqlite":
         started = daemon(rules=QUOTA)
 
         def run_sql(statement: str) -> list[str]:
@@ -1490,122 +1501,109 @@ def counting(
         def run_sql(statement: str) -> list[str]:
             return database.sql(statement).splitlines()
 
-    def statement(word: str) -> str:
-        return next(sql for sql in STATEMENTS[heading] if word in sql)
-
-    return started, run_sql, statement
+    return started, run_sql
 
 
-Counting = tuple[Daemon, Sql, Callable[[str], str]]
+Counting = tuple[Daemon, Sql]
 
 
-def test_used_by(counting: Counting) -> None:
-    started, sql, statement = counting
-    used = statement("AS used")
+def is_sqlite(started: Daemon) -> bool:
+    return started.config["_store"] == "sqlite"
+
+
+def control(script: str, config: Path) -> str:
+    """Run documented commands of saslquotactl.py; status 1 is what needs a look."""
+    command = f"{sys.executable} {ROOT}/saslquotactl.py -c {config} "
+    lines = [f"{line} || [ $? = 1 ]\n" for line in script.splitlines()]
+    return shell("".join(lines), ("saslquotactl.py ", command))
+
+
+def used(config: Path) -> int:
+    """What Bob has used of his first window."""
+    lines = control(f"saslquotactl.py --json show {BOB}", config).splitlines()
+    return int(json.loads(lines[0])["used"])
+
+
+def test_a_password_was_stolen(counting: Counting) -> None:
+    """What the thief sends is refused within a second; the owner can send again at last."""
+    started, _ = counting
+    config = started.config_file
     with started.policy() as policy:
-        assert policy.ask(sasl_username="ann@example.com") == "OK"
-        assert sql(used) == []
-        assert policy.ask(sasl_username="Bob@Example.com") == "OK"
-        assert sql(used) == ["1"]
-        assert policy.ask(sasl_username=BOB, protocol_state="DATA", recipient_count=3) == "OK"
-        assert sql(used) == ["4"]
-        assert policy.ask(sasl_username=BOB, protocol_state="DATA", recipient_count=3)[:6] == (
-            "REJECT"
-        )
-        assert sql(used) == ["4"]
-        hour = "3600 SECOND" if "3600 SECOND" in used else "- 3600 *"
-        in_the_future = used.replace(hour, hour.replace("3600", "-3600"))
-        assert sql(in_the_future) == ["0"], "nothing that late: 0, not all"
-
-
-def age(sql: Sql, statement: Callable[[str], str], number: int) -> None:
-    """Let the first sends of each account leave the window."""
-    # SQLite's statements are exact to the second
-    older = "at - 3601000000" if "strftime" in statement("AS used") else "at - INTERVAL 1 HOUR"
-    sql(f"UPDATE sends SET at = {older} WHERE seq <= {number}")
-
-
-def test_used_by_leaves_out_what_is_older(counting: Counting) -> None:
-    started, sql, statement = counting
-    with started.policy() as policy:
-        assert [policy.ask(sasl_username=BOB) for _ in range(4)] == ["OK"] * 4
-    age(sql, statement, 3)
-    assert sql(statement("AS used")) == ["1"]
-    assert [row.split("\t")[:2] for row in sql(statement("AS sent"))] == [[BOB, "1"]]
-
-
-def test_top_senders(counting: Counting) -> None:
-    started, sql, statement = counting
-    with started.policy() as policy:
-        for user, number in (("ann@x.org", 2), (BOB, 5), ("eve@x.org", 1)):
-            assert (
-                policy.ask(sasl_username=user, protocol_state="DATA", recipient_count=number)
-                == "OK"
-            )
-    rows = [row.split("\t") for row in sql(statement("AS sent"))]
-    assert [row[:2] for row in rows] == [[BOB, "5"], ["ann@x.org", "2"], ["eve@x.org", "1"]]
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d+)?", rows[0][2])
-
-
-def test_unblock(counting: Counting) -> None:
-    """The sender is accepted within a second, the others are as before; again and again."""
-    started, sql, statement = counting
-    with started.policy() as policy:
-        for user in (BOB, "ann@x.org"):
-            assert [policy.ask(sasl_username=user) for _ in range(6)] == ["OK"] * 5 + [
-                "REJECT no more"
-            ]
-        for epoch in (2, 3):
-            sql(statement("'reset'"))
-            assert sql(statement("AS used")) == ["0"]
-            wait_for(lambda: policy.ask(sasl_username=BOB) == "OK", 1.2, "he is accepted")
-            assert [policy.ask(sasl_username=BOB) for _ in range(5)] == ["OK"] * 4 + [
-                "REJECT no more"
-            ]
-            assert sql(statement("AS used")) == ["5"]
-            assert sql(f"SELECT MAX(epoch) FROM sends WHERE account = '{BOB}'") == [str(epoch)]
-        assert policy.ask(sasl_username="ann@x.org") == "REJECT no more"
-    age(sql, statement, 3)
-    assert sql(statement("AS used")) == ["5"], "what is before the reset is not counted"
+        for number in range(6):
+            policy.ask(sasl_username=BOB, client_address=f"192.0.2.{number}")
+        assert BOB in control(WHO_IS_IT, config)
+        assert "5/5 in 1h, rule default (100%): refused until" in control(SHOW_HIM, config)
+        control(BLOCK_HIM, config)
+        wait_for(lambda: "may not send" in policy.ask(sasl_username=BOB), 1.2, "he is blocked")
+        assert f"blocked: 1\n  {BOB}: " in control("saslquotactl.py status", config)
+        control(UNBLOCK_HIM, config)
+        wait_for(lambda: policy.ask(sasl_username=BOB) == "OK", 1.2, "he may send")
     assert "unavailable" not in started.log()
 
 
-def test_unblock_nobody(counting: Counting) -> None:
-    started, sql, statement = counting
+def test_he_must_send_now(counting: Counting) -> None:
+    """He is accepted within a second, the others are as before."""
+    started, sql = counting
+    reset, grant = LET_HIM_SEND.splitlines()
     with started.policy() as policy:
-        assert policy.ask(sasl_username="ann@x.org") == "OK"
-    sql(statement("'reset'"))
-    assert sql("SELECT COUNT(*) FROM sends") == ["1"]
+        for user in (BOB, "ann@x.org"):
+            answers = [policy.ask(sasl_username=user) for _ in range(6)]
+            assert answers == ["OK"] * 5 + ["REJECT no more"]
+        control(reset, started.config_file)
+        assert used(started.config_file) == 0
+        wait_for(lambda: policy.ask(sasl_username=BOB) == "OK", 1.2, "he is accepted")
+        answers = [policy.ask(sasl_username=BOB) for _ in range(5)]
+        assert answers == ["OK"] * 4 + ["REJECT no more"]
+        assert used(started.config_file) == 5
+        control(grant.replace("18:00", "3h"), started.config_file)
+        wait_for(lambda: policy.ask(sasl_username=BOB) == "OK", 1.2, "he is accepted")
+        assert policy.ask(sasl_username="ann@x.org") == "REJECT no more"
+    assert sql(f"SELECT MAX(epoch) FROM sends WHERE account = '{BOB}'") == ["2"]
 
 
-def date_ahead(sql: Sql, statement: Callable[[str], str], seconds: int) -> None:
-    later = f"at + {seconds}000000" if "strftime" in statement("'reset'") else None
-    sql(f"UPDATE sends SET at = {later or f'at + INTERVAL {seconds} SECOND'}")
+def shapes(text: str) -> set[str]:
+    """The lines without what differs from one time and ledger to the next."""
+    text = re.sub(r"\d\d \w{3} \d\d:\d\d|\d\d:\d\d:\d\d", "TIME", text)
+    text = re.sub(r"\d+(?:\.\d+){3}", "ADDRESS", text)
+    return {" ".join(re.sub(r"\d+", "N", line).split()) for line in text.splitlines()}
 
 
-def test_used_by_counts_to_the_newest_send(counting: Counting) -> None:
-    """As the daemon does for a sender whose sends are dated ahead."""
-    started, sql, statement = counting
+def test_what_it_shows(local: Site) -> None:
+    home, cafe, *thief = (bytes([192, 0, 2, number]) for number in range(5))
+    local.sends(BOB, 3, ago=2 * DAY, client_address=home)
+    local.sends(BOB, 3, ago=7200, client_address=home)
+    for address in (cafe, *thief):
+        local.sends(BOB, 3, ago=60, client_address=address)
+        local.sends(BOB, 3, ago=60, client_address=address, sender="support@paypa1.example")
+    local.sends("newsletter@example.net", 60, ago=7200, client_address=home)
+    local.sends("newsletter@example.net", 1, client_address=home)
+    assert shapes(WHO_IT_IS) <= shapes(control("saslquotactl.py top", local.config))
+    assert shapes(SHOWN) <= shapes(control(SHOW_HIM, local.config))
+
+
+def test_nagios(daemon: START) -> None:
+    started = daemon()
     with started.policy() as policy:
-        assert [policy.ask(sasl_username=BOB) for _ in range(3)] == ["OK"] * 3
-        age(sql, statement, 1)
-        date_ahead(sql, statement, 7200)
-        assert sql(statement("AS used")) == ["2"]
+        assert policy.ask() == "OK"
+    command = f"{sys.executable} {ROOT}/saslquotactl.py -c {started.config_file} "
+    assert shell(STATUS_QUIET, ("saslquotactl.py ", command)) == ""
 
 
-def test_unblock_with_a_clock_that_went_back(counting: Counting) -> None:
-    """The reset is dated now, and takes the sender back to now."""
-    started, sql, statement = counting
+def test_reset_with_a_clock_that_went_back(counting: Counting) -> None:
+    """It is dated now, and takes the sender back to now."""
+    started, sql = counting
+    later = "at + 7200000000" if is_sqlite(started) else "at + INTERVAL 7200 SECOND"
     with started.policy() as policy:
         assert [policy.ask(sasl_username=BOB) for _ in range(5)] == ["OK"] * 5
-        date_ahead(sql, statement, 7200)
+        sql(f"UPDATE sends SET at = {later}")
         before = sql("SELECT MAX(at) FROM sends WHERE epoch = 1")
-        sql(statement("'reset'"))
+        assert used(started.config_file) == 5, "it counts to the newest send"
+        control(LET_HIM_SEND.splitlines()[0], started.config_file)
         wait_for(lambda: policy.ask(sasl_username=BOB) == "OK", 1.2, "he is accepted")
         assert [policy.ask(sasl_username=BOB) for _ in range(5)] == ["OK"] * 4 + ["REJECT no more"]
         assert sql("SELECT MAX(at) FROM sends WHERE epoch = 1") == before
         assert sql("SELECT MAX(at) FROM sends WHERE epoch = 2") < before
-        assert sql(statement("AS used")) == ["5"]
+        assert used(started.config_file) == 5
 
 
 REMOVE_UNUSED = {
@@ -1616,24 +1614,22 @@ REMOVE_UNUSED = {
 
 def test_remove_unused_logins(counting: Counting) -> None:
     """No count changes; whoever was removed begins as new."""
-    started, sql, statement = counting
-    is_sqlite = "strftime" in statement("AS used")
+    started, sql = counting
     with started.policy() as policy:
         for user, number in ((BOB, 5), ("ann@x.org", 2), ("ghost@x.org", 2), ("late@x.org", 1)):
             assert [policy.ask(sasl_username=user) for _ in range(number)] == ["OK"] * number
     started.stop()
 
     def date_back(days: int, which: str) -> None:
-        older = f"at - {days * 86400}000000" if is_sqlite else f"at - INTERVAL {days} DAY"
+        older = f"at - {days * 86400}000000" if is_sqlite(started) else f"at - INTERVAL {days} DAY"
         sql(f"UPDATE sends SET at = {older} WHERE {which}")
 
     date_back(31, "account = 'ghost@x.org' OR (account = 'ann@x.org' AND seq = 1)")
     date_back(29, "account = 'late@x.org'")
-    used = sql(statement("AS used"))
-    sql(REMOVE_UNUSED["SQLite" if is_sqlite else "MySQL, MariaDB"])
+    sql(REMOVE_UNUSED["SQLite" if is_sqlite(started) else "MySQL, MariaDB"])
     left = sql("SELECT account, COUNT(*) FROM sends GROUP BY account ORDER BY account")
     assert left == ["ann@x.org\t2", f"{BOB}\t5", "late@x.org\t1"]
-    assert sql(statement("AS used")) == used == ["5"]
+    assert used(started.config_file) == 5
     started.start()
     with started.policy() as policy:
         assert policy.ask(sasl_username=BOB) == "REJECT no more"
@@ -1662,12 +1658,11 @@ def test_the_sqlite_client(daemon: START) -> None:
     require("sqlite3")
     started = daemon(rules=QUOTA)
     with started.policy() as policy:
-        assert [policy.ask(sasl_username=BOB) for _ in range(6)][5] == "REJECT no more"
-        place = ("/var/lib/saslquota/saslquota.db", f"{started.directory}/saslquota.db")
-        script = f"{SQLITE_CLIENT.strip()} <<'END'\n{STATEMENTS['SQLite'][2]}"
-        script += "SELECT changes();\nEND\n"
-        assert shell(script, ("runuser -u saslquota -- ", ""), place) == "1\n"
-        wait_for(lambda: policy.ask(sasl_username=BOB) == "OK", 1.2, "he is accepted")
+        assert policy.ask(sasl_username=BOB) == "OK"
+    place = ("/var/lib/saslquota/saslquota.db", f"{started.directory}/saslquota.db")
+    script = f"{SQLITE_CLIENT.strip()} <<'END'\n{REMOVE_UNUSED['SQLite']}"
+    script += "SELECT changes();\nEND\n"
+    assert shell(script, ("runuser -u saslquota -- ", ""), place) == "0\n"
 
 
 # --- Upgrading ------------------------------------------------------------------------------------
@@ -1815,7 +1810,8 @@ def test_carry_the_counts_over(daemon: START, old_log: OldLog) -> None:
         assert accepted("josé@example.com") == 7
         assert accepted("jose@example.com") == 6
         assert accepted("old@example.com") == 8
-    assert old_log.database.sql(STATEMENTS["MySQL, MariaDB"][0]) == "4"  # two were carried over
+    rows = old_log.database.sql(f"SELECT MAX(total) FROM sends WHERE account = '{BOB}'")
+    assert rows == "8"  # six were carried over
 
 
 def test_carry_over_twice(old_log: OldLog) -> None:
