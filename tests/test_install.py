@@ -153,7 +153,7 @@ def test_set_up_and_uninstall(site: Site) -> None:
         assert answer(site) == "OK"
         assert ASKED in said
         assert "postfix reload" in said
-        command = site.directory / "sbin" / "saslquotactl"
+        command = site.directory / "sbin" / "saslquotactl.py"
         assert subprocess.check_output([command, "--version"], text=True).startswith("saslquota ")
         found = json.loads((site.opt / "saslquota.json").read_text("utf-8"))
         assert found["_loglevel"] == "INFO"
@@ -165,7 +165,7 @@ def test_set_up_and_uninstall(site: Site) -> None:
         status, said = site.install("--uninstall")
         assert status == 0, said
         assert not is_listening(site.port)
-        for name in ("opt", "lib", f"conf.d/{CONF}", "sbin/saslquotactl"):
+        for name in ("opt", "lib", f"conf.d/{CONF}", "sbin/saslquotactl.py"):
             assert not (site.directory / name).exists(), name
         assert {path.name for path in (site.directory / "backup").iterdir()} == {
             "saslquota.json",

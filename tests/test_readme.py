@@ -474,17 +474,24 @@ def test_limits_that_cannot_be_had(
 
 # --- The production set-up, and what comes after it -----------------------------------------------
 
-USER = block(README, "1. Install", "sh", "useradd")
-USE_SQLITE = block(README, "2. Configure", "sh", "_sqlitefile")
+INSTALLS = [
+    block(README, "1. Install", "sh", "./install"),
+    block(INSTALL, "MySQL or MariaDB", "sh", "./install"),
+    block(UPGRADING, "From 2.0 on", "sh", "./install"),
+    block(UPGRADING, "Uninstalling", "sh", "./install"),
+]
+USER = block(INSTALL, "The program", "sh", "useradd")
+USE_SQLITE = block(INSTALL, "The settings", "sh", "_sqlitefile")
 CHECK = block(README, "2. Configure", "sh", "--check")
-UNDER_SUPERVISORD = block(README, "3. Start", "sh", "reread")
-LISTENS = block(README, "3. Start", "sh", "ss -ltn")
+UNDER_SUPERVISORD = block(INSTALL, "The service", "sh", "reread")
+STATUS_OF_SERVICE = block(README, "3. Look", "sh", "supervisorctl")
+LISTENS = block(README, "3. Look", "sh", "ss -ltn")
 RESTART_AND_RELOAD = block(OPERATION, "Restart and reload", "sh", "HUP")
 CHECK_AND_RESTART = block(OPERATION, "Restart and reload", "sh", "--check")
 CHECK_AT_NIGHT = block(OPERATION, "When something is down", "sh", "--check")
 START_AT_NIGHT = block(OPERATION, "When something is down", "sh", "supervisorctl start")
-UPGRADE = block(UPGRADING, "From 2.0 on", "sh", "install")
-WAY_BACK = block(UPGRADING, "From 2.0 on", "sh", "cp /opt/saslquota/saslquota.py.old")
+UPGRADE = block(UPGRADING, "From 2.0 on", "sh", "install -m")
+WAY_BACK = block(UPGRADING, "From 2.0 on", "sh", "py.old; do cp")
 STOP_THE_OLD = block(UPGRADING, "From noskoski/postfix_saslquota 1.x", "sh")
 UNINSTALL = block(UPGRADING, "Uninstalling", "sh", "userdel")
 UNINSTALL_DATABASE = block(UPGRADING, "Uninstalling", "sql")
@@ -579,6 +586,15 @@ def test_the_user(new_directory: Callable[[], Path]) -> None:
     assert (root / "etc" / "passwd").read_text() == (root / "etc" / "group").read_text() == ""
 
 
+@pytest.mark.parametrize("script", INSTALLS)
+def test_install(script: str) -> None:
+    """It is run by test_install.py, and as it is shipped by test_install_on_debian.py."""
+    program, *options = script.split()
+    assert (ROOT / program).stat().st_mode & 0o111
+    usage = subprocess.run(["sh", ROOT / program, "--help"], capture_output=True, text=True).stdout
+    assert set(options) <= set(re.findall(r"--\w+", usage))
+
+
 @pytest.mark.slow
 def test_production(production: Production) -> None:
     opt, lib = production.opt, production.directory / "lib"
@@ -586,6 +602,7 @@ def test_production(production: Production) -> None:
     assert modes(opt / "saslquota.json", opt / "quotarules.json") == ["0o640", "0o644"]
     config = load_config(opt / "saslquota.json", {})
     assert (config.loglevel, config.store) == ("INFO", "sqlite")
+    assert UNDER_SUPERVISORD.splitlines(keepends=True)[-1] == STATUS_OF_SERVICE
     if shutil.which("ss"):
         production.run(LISTENS)
     with PolicyClient(production.supervisor.port) as policy:
