@@ -127,7 +127,7 @@ def test_the_jail(tmp_path: Path) -> None:
         (config / name / path.name).write_text(path.read_text())
     (config / "fail2ban.conf").write_text("[Definition]\n")
     (config / "jail.conf").write_text("[DEFAULT]\nbackend = polling\n")
-    client = ["fail2ban-client", "-c", config, "-d"]
+    client = ["fail2ban-client", "-c", str(config), "-d"]
     off = subprocess.run(client, capture_output=True, text=True, timeout=60)
     assert off.returncode == 0, off.stderr
     assert "saslquota" not in off.stdout
