@@ -70,7 +70,7 @@ def bare(request: pytest.FixtureRequest, new_directory: Callable[[], Path]) -> P
         form = ["$(REPO_URI)", "Created-By: Packages", "Label: Debian"]
         mirror = run(["apt-get", "indextargets", "--format", *form]).split()
         make = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}"]
-        command = [*NAMESPACES, *make, request.param, str(root), *mirror[:1]]
+        command: list[str] = [*NAMESPACES, *make, request.param, str(root), *mirror[:1]]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr
         CACHE.mkdir(exist_ok=True)
