@@ -95,7 +95,7 @@ def bare(request: pytest.FixtureRequest, new_directory: Callable[[], Path]) -> P
 @pytest.mark.parametrize("bare", ["bookworm", "trixie"], indirect=True)
 def test_debian(bare: Path) -> None:
     """From the first to the last command, as an administrator types them."""
-    command = [*NAMESPACES, "--net", "bash", "-c", ENTER, "enter", bare, ADMINISTRATOR]
+    command = [*NAMESPACES, "--net", "bash", "-c", ENTER, "enter", str(bare), ADMINISTRATOR]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     steps = dict(part.split("\n", 1) for part in done.stdout.split("=== ")[1:])
     print(done.stdout, done.stderr)
