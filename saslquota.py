@@ -3697,9 +3697,11 @@ class PolicyHandler(socketserver.BaseRequestHandler):
                 log.warning("[%d] malformed input, connection closed: %s", self.number, error)
             self._await_reply()
         except (TimeoutError, BlockingIOError):
-            reason = "no complete request, or reply not taken, within _bindtimeout"
-            timeout = self.server.client_timeout
-            log.info("[%d] connection closed: %s (%d s)", self.number, reason, timeout)
+            text = (
+                "[%d] connection closed: no complete request, or reply not taken,"
+                " within _bindtimeout (%d s)"
+            )
+            log.info(text, self.number, self.server.client_timeout)
         except OSError as error:
             log.info("[%d] connection lost: %s", self.number, error.strerror)
 
@@ -3734,8 +3736,7 @@ class PolicyHandler(socketserver.BaseRequestHandler):
             self._pending = self.server.committer.submit(charge, decided)
 
     def _await_reply(self) -> None:
-        """Wait until the last request is answered, and the reply taken. Raises OSError, or what has
-        gone wrong in another thread."""
+        """Wait until the last reply was taken. Raises OSError, or what another thread has met."""
         with self._replying:
             self._pending = None
         if self._bug:

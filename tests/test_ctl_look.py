@@ -7,6 +7,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,17 @@ def test_usage_agrees_with_a_plain_count(sends: list[tuple[int, int, int]]) -> N
         assert use["used"] == plain_use(entries, window, now)
         fits_at = first_fit(entries, window, now)
         assert use["fits_at"] == fits_at or now <= use["fits_at"] < fits_at + SECOND == now + SECOND
+
+
+def test_each_of_several_full_windows_has_its_own_time(local: Site, ctl: Ctl) -> None:
+    """Also where more sends are in them than are remembered: it is searched for each."""
+    for ago in range(200, 0, -1):
+        local.sends(BOB, 1, ago=ago)
+    now = local.store.now()
+    rows = rows_of(ctl(local, "--json", "show", BOB)[1])
+    for row, period, limit in zip(rows[:2], (3600, DAY), (10, 100), strict=True):
+        fits_at = datetime.fromisoformat(str(row["fits_at"])).timestamp()
+        assert abs(fits_at - (now / SECOND + period - limit)) < 3
 
 
 def test_an_account_that_is_dated_ahead_counts_to_its_newest_send(local: Site, ctl: Ctl) -> None:
@@ -201,12 +213,12 @@ def test_after_a_grant_the_count_begins_anew_where_it_stands_in_the_way(
 
 
 def test_what_a_thief_writes_does_not_reach_the_terminal(local: Site, ctl: Ctl) -> None:
-    local.sends("b\x1b[2J@example.com", 1, sender="s\x07\u202e@x", client_address=HOME)
-    local.event("b\x1b[2J@example.com", "refused", amount=1, note="\x1b]0;x\x07")
-    for command in (["top"], ["status"], ["show", "b\x1b[2J@example.com"]):
+    local.sends("b\x1b[2j@example.com", 1, sender="s\x07\u202e@x", client_address=HOME)
+    local.event("b\x1b[2j@example.com", "refused", amount=1, note="\x1b]0;x\x07")
+    for command in (["top"], ["status"], ["show", "b\x1b[2j@example.com"]):
         _, said = ctl(local, *command)
         assert all(line.isprintable() for line in said.splitlines()), said
-        assert "b\\x1b[2J@example.com" in said
+        assert "b\\x1b[2j@example.com" in said
 
 
 @pytest.mark.parametrize("arguments", [["-p", "1y"], ["-p", "0"], ["-n", "0"], ["-n", "x"]])

@@ -185,6 +185,16 @@ def test_what_is_not_blocked_cannot_be_unblocked(site: Site, ctl: Ctl) -> None:
     assert len(events(site)) == 2
 
 
+def test_what_was_pointless_leaves_no_lock(site: Site) -> None:
+    site.sends(BOB, 1)
+    row = {"account": BOB, "kind": "unblock", "author": "root", "note": ""}
+    for _ in range(2):
+        with pytest.raises(saslquotactl.Pointless):
+            saslquotactl.place(site.store, row)
+    saslquotactl.place(site.store, {**row, "kind": "block"})
+    assert events(site) == [("block",)]
+
+
 def test_a_login_that_has_never_sent(site: Site, ctl: Ctl) -> None:
     site.sends("bobby@example.com", 1)
     status, said = ctl(site, "reset", BOB)

@@ -823,11 +823,14 @@ def test_any_password_can_be_set(tmp_path: Path, password: str) -> None:
 
 
 def test_production_with_mysql(daemon: START, named_database: Database) -> None:
-    """Its user may do all that the daemon does."""
+    """Its user may do all that the daemon and saslquotactl.py do."""
     started = daemon(named_database.config())
     with started.policy() as policy:
         assert [policy.ask() for _ in range(3)] == ["OK"] * 3
     assert named_database.sql("SELECT total FROM sends ORDER BY seq DESC LIMIT 1") == "3"
+    for command in ("status", "show alice@example.com", "reset alice@example.com"):
+        control(f"saslquotactl.py {command}", started.config_file)
+    assert named_database.sql("SELECT kind FROM events") == "reset"
     said = shell(
         CHECK,
         ("runuser -u saslquota -- /opt/saslquota/venv/bin/python", sys.executable),
