@@ -27,6 +27,7 @@ from saslquotactl import (
     ControlError,
     Item,
     Session,
+    counted,
     format_moment,
     json_time,
     progress,
@@ -35,10 +36,6 @@ from saslquotactl import (
 
 SLICE = 20_000  # rows of one SELECT: none takes long
 Row = tuple[str, int, int, int, int, str]  # account, seq, epoch, at, recipients, instance
-
-
-def counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 class Replayed:

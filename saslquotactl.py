@@ -19,7 +19,8 @@ DIAGNOSTICS
 HOW IT WORKS
     A command is a function that gets a Session: settings, rules and store, each opened when it is
     first used. It computes rows, and prints them by Session.show(). Sections use only those above
-    them; the commands come in the order of --help.
+    them; the commands come in the order of --help. The commands of saslquotabacktest.py and
+    saslquotadoctor.py, beside this script, use its frame and are its own to whoever types them.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ import random
 import re
 import shlex
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -44,7 +46,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import saslquota
 from saslquota import (
@@ -66,6 +68,10 @@ from saslquota import (
 STATEMENT_TIMEOUT = 60  # seconds; a table of a month is read in less
 PATIENCE = 20.0  # seconds that others are waited for who write at the same moment
 OK, WARNING, FAILED = 0, 1, 2  # exit statuses, as Nagios has them
+RAW = argparse.RawDescriptionHelpFormatter
+
+
+Item = TypeVar("Item")
 
 
 class ControlError(SaslQuotaError):
@@ -128,6 +134,22 @@ def format_moment(at: int | None, now: int) -> str:
 def json_time(microseconds: int) -> str:
     """A time since 1970 for --json."""
     return datetime.fromtimestamp(microseconds / 1e6, UTC).isoformat(timespec="seconds")
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def progress(items: Iterable[Item], what: str, size: int = 1) -> Iterator[Item]:
+    """Hand on the items, of which each is so many; from 2 s on show a terminal how far it is."""
+    began, next_at = time.monotonic(), 2.0
+    for number, item in enumerate(items, 1):
+        yield item
+        if time.monotonic() - began > next_at and sys.stderr.isatty():
+            next_at += 0.5
+            print(f"{number * size} {what}\x1b[K\r", end="", file=sys.stderr, flush=True)
+    if next_at > 2:
+        print("\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 # --- Session --------------------------------------------------------------------------------------
@@ -525,12 +547,12 @@ def store_parts(session: Session) -> Iterator[Part]:
     store, now, uses = session.store, session.now, {}
     senders = tally(store, "account", f"at >= TIME AND {NO_POOL}", [now - HOUR])
     row = {"what": "store", "sent": sum(s["sent"] for s in senders), "senders": len(senders)}
-    text = f"{row['sent']} sent by {row['senders']} senders in the last hour"
+    text = f"{row['sent']} sent by {counted(row['senders'], 'sender')} in the last hour"
     yield OK, [f"store    {store}: {text}"], [row]
     try:
         uses = {use["account"]: use for use in filling(session)}
         row = {"what": "rules", "number": len(list(session.rules))}
-        yield OK, [f"rules    {session.config.quotafile}: {row['number']} rules"], [row]
+        yield OK, [f"rules    {session.config.quotafile}: {counted(row['number'], 'rule')}"], [row]
     except saslquota.ConfigError as error:
         yield WARNING, [f"rules    {error}"], [{"what": "rules", "error": str(error)}]
     events = read_events(store, "kind = 'refused' AND at >= TIME", [now - 25 * HOUR])
@@ -733,6 +755,87 @@ def add_look_and_orders_commands(commands: Any) -> None:
         parser.set_defaults(command=command, kind=name, PERIOD=3600 if name == "top" else 86_400)
 
 
+# --- Queue ----------------------------------------------------------------------------------------
+
+# As mail goes through them; then the first again, into which "deferred" may have gone meanwhile.
+QUEUES = "incoming", "active", "deferred", "hold", "incoming", "active"
+QUEUE_HELP = """\
+Print the queue ids of a login's mail that waits in Postfix's queues, one a
+line. What was accepted before you blocked the login is still delivered. So, as
+root on each mail server, hold it (-h), release it (-H) or delete it (-d):
+
+    saslquotactl.py queue bob@example.com | postsuper -h -
+
+The login is what Postfix keeps with the mail; a sender's address can be forged.
+Mail that a content filter has given back to Postfix has no login any more."""
+
+
+def read_queue_file(path: str) -> dict[bytes, str]:
+    """Login, sender (S) and time (T) of a mail; nothing if it has been delivered meanwhile. A
+    record is a type, a byte; a length, seven bits to a byte, the lowest first; and that many bytes.
+    M begins the message (Postfix, rec_type.h)."""
+    found: dict[bytes, str] = {}
+    with contextlib.suppress(FileNotFoundError), open(path, "rb", 4096) as file:
+        while len(found) < 3 and (kind := file.read(1)) not in (b"", b"M"):
+            length, shift, byte = 0, 0, 0x80
+            while byte & 0x80 and shift < 21:  # an envelope's records are far shorter
+                byte = (file.read(1) or b"\0")[0]
+                length |= (byte & 0x7F) << shift
+                shift += 7
+            data = file.read(length)
+            if len(data) < length:  # it is still being written
+                break
+            name, _, value = data.partition(b"=") if kind == b"A" else (kind, b"", data)
+            if name in (b"sasl_username", b"S", b"T"):
+                text = value.decode("utf-8", "surrogateescape")  # as the daemon reads it
+                found.setdefault(name, saslquota.valid_utf8(text))
+    return found
+
+
+def queued_mail(root: str, is_wanted: Callable[[str], bool]) -> list[dict[str, Any]]:
+    """The mail of certain logins. Raises OSError."""
+    rows = {}
+    for queue in QUEUES:
+        os.scandir(f"{root}/{queue}").close()  # os.walk() would not raise
+        tree = os.walk(f"{root}/{queue}")  # postconf(5), hash_queue_names
+        paths = (f"{directory}/{name}" for directory, _, names in tree for name in names)
+        for path in progress(paths, f"files in {queue}"):
+            found = read_queue_file(path)
+            if b"sasl_username" in found and is_wanted(found[b"sasl_username"]):
+                arrival = json_time(int(found.get(b"T", "0").split()[0]) * 1_000_000)
+                row = {"queue_id": os.path.basename(path), "queue": queue, "arrival": arrival}
+                rows[row["queue_id"]] = row | {"sender": found.get(b"S", "")}
+    return list(rows.values())
+
+
+def run_queue(session: Session, arguments: argparse.Namespace) -> int:
+    account = session.account(arguments.login)
+    if not account or account.startswith(POOL_PREFIX):
+        raise ControlError(f"{saslquota.quoted(arguments.login)} is not a login: name one")
+    where = ["-c", arguments.config_dir] if arguments.config_dir else []
+    is_wanted = functools.cache(lambda login: session.config.account(login) == account)
+    try:
+        done = subprocess.run(["postconf", *where, "-xh", "queue_directory"], capture_output=True)
+        if done.returncode:
+            raise ControlError(" ".join(done.stderr.decode().split()))
+        rows = queued_mail(os.fsdecode(done.stdout.strip()), is_wanted)
+    except OSError as error:
+        hint = ": run this as root" if isinstance(error, PermissionError) else ""
+        raise ControlError(f"{error.filename}: {error.strerror}{hint}") from None
+    session.show(rows, (row["queue_id"] for row in rows))
+    if not rows:
+        print(f"{clean(account)}: no mail waits", file=sys.stderr)
+    return OK if rows else WARNING
+
+
+def add_queue_commands(commands: Any) -> None:
+    about = "ids of a login's mail that waits in Postfix's queues"
+    parser = commands.add_parser("queue", help=about, description=QUEUE_HELP, formatter_class=RAW)
+    parser.add_argument("login", metavar="LOGIN")
+    parser.add_argument("--config-dir", metavar="DIR", help="of Postfix, as for postfix -c")
+    parser.set_defaults(command=run_queue)
+
+
 # --- main -----------------------------------------------------------------------------------------
 
 
@@ -745,11 +848,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     parser.add_argument("--version", action="version", version=f"saslquota {saslquota.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    adders: list[Callable[[Any], None]] = [  # add_..._commands() of each section
-        add_look_and_orders_commands,
-    ]
-    for add in adders:
-        add(commands)
+    add_look_and_orders_commands(commands)
+    add_queue_commands(commands)
+    sys.modules.setdefault("saslquotactl", sys.modules[__name__])  # as a script it is __main__
+    import saslquotabacktest
+    import saslquotadoctor
+
+    saslquotabacktest.add_commands(commands)
+    saslquotadoctor.add_commands(commands)
     return parser
 
 

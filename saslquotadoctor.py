@@ -36,6 +36,7 @@ from saslquotactl import (
     Session,
     ask_daemon,
     clean,
+    counted,
     format_moment,
     progress,
 )
@@ -380,7 +381,7 @@ def check_settings(session: Session) -> Says:
     config, user = session.config, saslquota.daemon_user(session.config, "")
     with saslquota.rights_of(user) if user else contextlib.nullcontext():
         saslquota.check_files(config)
-    yield "OK", f"{config.path}, {len(list(session.rules))} rules", ""
+    yield "OK", f"{config.path}, {counted(len(list(session.rules)), 'rule')}", ""
     for risk in saslquota.risks(config):
         if not risk.startswith("running as root"):  # we are, the daemon need not be
             said, _, mode = risk.partition(": chmod ")
@@ -492,7 +493,11 @@ def check_log(session: Session, path: str) -> Says:
         text = f"{len(missing)} of {len(logins)} logins that sent are not counted: {names}"
         yield "PROBLEM", text, ""
     elif logins:
-        yield "OK", f"{path}: all {len(logins)} logins that sent in the last day are counted", ""
+        yield (
+            "OK",
+            f"{path}: of {counted(len(logins), 'login')} that sent in the last day all are counted",
+            "",
+        )
     else:
         yield "WARNING", f"{path}: no login has sent in the last day", ""
 
@@ -512,7 +517,11 @@ def attempt(part: str, service: str, says: Says) -> Iterator[Finding]:
         for state, text, remedy in says:
             yield Finding(state, part, service, text, remedy)
     except (SaslQuotaError, OSError, LookupError, ValueError) as error:
-        yield Finding("PROBLEM", part, service, *apart(str(error)))
+        reason = getattr(error, "strerror", None)
+        text = (
+            f"{error.filename}: {reason}" if isinstance(error, OSError) and reason else str(error)
+        )
+        yield Finding("PROBLEM", part, service, *apart(text))
 
 
 def examine_postfix(config: Config, directory: str) -> Iterator[Finding]:
@@ -558,7 +567,9 @@ def run_doctor(session: Session, arguments: argparse.Namespace) -> int:
         lines += [" " * 19 + clean(remedy)] if remedy else []
     count = collections.Counter(finding.state for finding in findings)
     then = "; then: postfix reload" if any("postconf" in f.remedy for f in findings) else ""
-    lines.append(f"{count['PROBLEM']} problems, {count['WARNING']} warnings{then}")
+    lines.append(
+        f"{counted(count['PROBLEM'], 'problem')}, {counted(count['WARNING'], 'warning')}{then}"
+    )
     session.show((finding._asdict() for finding in findings), lines)
     return FAILED if count["PROBLEM"] else WARNING if count["WARNING"] else OK
 

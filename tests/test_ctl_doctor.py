@@ -26,8 +26,10 @@ from servers.process import IS_ROOT, ROOT, wait_for_log
 
 import saslquota
 import saslquotactl
+import saslquotadoctor
 from saslquota import Config, Entry, make_store
-from saslquotactl import Finding, Session
+from saslquotactl import Session
+from saslquotadoctor import Finding
 
 require("postconf")
 
@@ -451,7 +453,7 @@ def let_cool_down(directory: Path) -> None:
 
 def examine(config: Config, directory: Path) -> list[Finding]:
     let_cool_down(directory)
-    return list(saslquotactl.examine_postfix(config, str(directory)))
+    return list(saslquotadoctor.examine_postfix(config, str(directory)))
 
 
 def bad(findings: list[Finding]) -> list[Finding]:
@@ -602,8 +604,8 @@ def sasl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "default").write_text('START=yes\nOPTIONS="-c -m /var/run/saslauthd"\n')
     main = f"{CYRUS}cyrus_sasl_config_path = {tmp_path}\n"
     write(SetUp(SMTP + entry(HOOKED), main), tmp_path)
-    monkeypatch.setattr(saslquotactl, "SASLAUTHD", (str(tmp_path / "default*"),))
-    monkeypatch.setattr(saslquotactl, "PROCESSES", str(tmp_path / "proc/*/cmdline"))
+    monkeypatch.setattr(saslquotadoctor, "SASLAUTHD", (str(tmp_path / "default*"),))
+    monkeypatch.setattr(saslquotadoctor, "PROCESSES", str(tmp_path / "proc/*/cmdline"))
     return tmp_path
 
 
@@ -693,11 +695,11 @@ def each(request: pytest.FixtureRequest) -> Session:
 
 
 def store_says(session: Session) -> list[tuple[str, str, str]]:
-    return [said for said in saslquotactl.check_store(session) if said[0] != "OK"]
+    return [said for said in saslquotadoctor.check_store(session) if said[0] != "OK"]
 
 
 def store_finds(session: Session) -> list[Finding]:
-    return bad(list(saslquotactl.attempt("store", "", saslquotactl.check_store(session))))
+    return bad(list(saslquotadoctor.attempt("store", "", saslquotadoctor.check_store(session))))
 
 
 def append(session: Session, *rows: tuple[str, int, int]) -> None:
@@ -711,7 +713,7 @@ def test_a_store_that_is_well(each: Session) -> None:
 
 def test_no_store_yet(tmp_path: Path) -> None:
     session = Session(Config(path=tmp_path / "saslquota.json", store="sqlite"))
-    ((state, text, _),) = saslquotactl.check_store(session)
+    ((state, text, _),) = saslquotadoctor.check_store(session)
     assert (state, text.endswith("will be made at the first start")) == ("OK", True)
 
 
@@ -787,15 +789,16 @@ def test_a_password_that_everybody_can_read(local: Session) -> None:
     path.write_text("{}")
     path.chmod(0o644)
     session = Session(dataclasses.replace(local.config, store="mysql", mypasswd="secret"))
-    found = bad(list(saslquotactl.attempt("settings", "", saslquotactl.check_settings(session))))
+    said = saslquotadoctor.check_settings(session)
+    found = bad(list(saslquotadoctor.attempt("settings", "", said)))
     assert [finding.state for finding in found] == ["WARNING"]
     run_remedy(found[0])
-    assert not [said for said in saslquotactl.check_settings(session) if said[0] != "OK"]
+    assert not [said for said in saslquotadoctor.check_settings(session) if said[0] != "OK"]
 
 
 def test_rules_that_are_not_valid(local: Session) -> None:
     local.config.beside("quotarules.json").write_text("{}}")
-    (found,) = saslquotactl.attempt("settings", "", saslquotactl.check_settings(local))
+    (found,) = saslquotadoctor.attempt("settings", "", saslquotadoctor.check_settings(local))
     assert (found.state, "quotarules.json" in found.text) == ("PROBLEM", True)
 
 
@@ -852,7 +855,7 @@ def stand_in() -> Iterator[Callable[..., Config]]:
 def test_what_the_daemon_says_of_itself(
     stand_in: Callable[..., Config], changes: dict[str, str], expected: list[str]
 ) -> None:
-    said = list(saslquotactl.check_daemon(Session(stand_in(**changes))))
+    said = list(saslquotadoctor.check_daemon(Session(stand_in(**changes))))
     found = [f"{state} {text}" for state, text, _ in said if state != "OK"]
     assert len(found) == len(expected)
     for text, start in zip(found, expected, strict=True):
@@ -865,12 +868,12 @@ def test_a_daemon_that_says_little(
     monkeypatch.setitem(ANSWER, "version", saslquota.__version__)
     for name in ANSWER.keys() - {"version"}:
         monkeypatch.delitem(ANSWER, name)
-    assert [said[0] for said in saslquotactl.check_daemon(Session(stand_in()))] == ["OK"]
+    assert [said[0] for said in saslquotadoctor.check_daemon(Session(stand_in()))] == ["OK"]
 
 
 def test_a_daemon_that_is_away() -> None:
     config = Config(path=Path("saslquota.json"), bindport=free_port())
-    ((state, text, remedy),) = saslquotactl.check_daemon(Session(config))
+    ((state, text, remedy),) = saslquotadoctor.check_daemon(Session(config))
     assert (state, text.endswith("Connection refused")) == ("PROBLEM", True)
     assert remedy.endswith("restart saslquota")
 
@@ -895,7 +898,7 @@ SYSLOG, ISO = "%b %e %H:%M:%S ", "%Y-%m-%dT%H:%M:%S.123456%z "
 def log_says(session: Session, text: str) -> tuple[str, str]:
     path = session.config.beside("mail.log")
     path.write_text(text)
-    ((state, said, _),) = saslquotactl.check_log(session, str(path))
+    ((state, said, _),) = saslquotadoctor.check_log(session, str(path))
     return state, said.removeprefix(f"{path}: ")
 
 
@@ -910,7 +913,7 @@ def test_logins_that_are_not_counted(local: Session, form: str, process: str) ->
 
 
 def test_logins_that_are_counted(local: Session) -> None:
-    expected = ("OK", "all 1 logins that sent in the last day are counted")
+    expected = ("OK", "of 1 login that sent in the last day all are counted")
     assert log_says(local, now_as(SYSLOG) + log_line("alice")) == expected
 
 
@@ -953,8 +956,8 @@ def test_new_years_day(monkeypatch: pytest.MonkeyPatch) -> None:
     midnight = time.mktime((2026, 1, 1, 0, 0, 10, 0, 0, -1))
     monkeypatch.setattr(time, "time", lambda: midnight)
     monkeypatch.setattr(time, "localtime", lambda: time.struct_time((2026,) + (1,) * 8))
-    saslquotactl.log_age.cache_clear()
-    assert saslquotactl.log_age("Dec 31 23:59:50") == 20
+    saslquotadoctor.log_age.cache_clear()
+    assert saslquotadoctor.log_age("Dec 31 23:59:50") == 20
 
 
 # --- The command ----------------------------------------------------------------------------------
@@ -983,7 +986,7 @@ def test_all_is_well(well: list[str], capsys: pytest.CaptureFixture[str]) -> Non
     ("options", "status", "last"),
     [
         ((), 2, "2 problems, 0 warnings"),
-        (("smtpd_client_restrictions=permit_mynetworks,$saslquota",), 1, "0 problems, 1 warnings"),
+        (("smtpd_client_restrictions=permit_mynetworks,$saslquota",), 1, "0 problems, 1 warning"),
     ],
 )  # fmt: skip
 def test_what_it_prints(
@@ -1032,8 +1035,8 @@ def test_without_being_root(well: list[str], new_directory: Callable[[], Path]) 
     if not IS_ROOT:
         pytest.skip("needs root")
     directory = new_directory()
-    for name in ("saslquota.py", "saslquotactl.py"):
-        shutil.copy(ROOT / name, directory)
+    for path in ROOT.glob("saslquota*.py"):
+        shutil.copy(path, directory)
     Path(well[1]).with_name("saslquota.db").chmod(0o644)
     config = shutil.copytree(well[-1], directory / "etc")
     for path in (config, *config.iterdir()):
@@ -1043,4 +1046,4 @@ def test_without_being_root(well: list[str], new_directory: Callable[[], Path]) 
     assert (done.returncode, done.stderr) == (1, "")
     assert "WARNING  store     " in done.stdout
     assert "only root and the daemon's user can look into it" in done.stdout
-    assert done.stdout.splitlines()[-1] == "0 problems, 1 warnings"
+    assert done.stdout.splitlines()[-1] == "0 problems, 1 warning"
