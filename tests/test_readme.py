@@ -141,6 +141,7 @@ NOT_RUN: Mapping[str, str] = {  # by the beginning of their text
     "apt-get install ": "tests/run has installed these packages, see test_packages",
     "tests/run\n": "it runs this file",
     "saslquotactl.py queue ": "it needs Postfix: see the tests of that command",
+    "PROBLEM  postfix ": "test_ctl_doctor.py compares it with what doctor says",
 }
 
 
