@@ -982,6 +982,21 @@ def test_all_is_well(well: list[str], capsys: pytest.CaptureFixture[str]) -> Non
     assert last == "0 problems, 0 warnings"
 
 
+def test_the_documented_output(well: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    directory = Path(well[-1])
+    behind = "smtpd_client_restrictions=permit_sasl_authenticated,$saslquota,reject"
+    mynetworks = "smtpd_client_restrictions=permit_mynetworks,$saslquota"
+    master = SMTP + entry(behind) + entry(mynetworks, name="smtps")
+    (directory / "master.cf").write_text(master)
+    let_cool_down(directory)
+    assert saslquotactl.main(well) == 2
+    output = capsys.readouterr().out.replace(f"postconf -c {directory} ", "postconf ")
+    said = [line for line in output.splitlines() if not line.startswith("OK ")]
+    document = (ROOT / "docs" / "saslquotactl.md").read_text("utf-8")
+    (block,) = re.findall(r"```\n(PROBLEM .*?)```", document, re.DOTALL)
+    assert said == block.splitlines()
+
+
 @pytest.mark.parametrize(
     ("options", "status", "last"),
     [

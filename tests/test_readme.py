@@ -31,6 +31,7 @@ from servers.mariadb import Database, MariaDB, session
 from servers.ports import LOOPBACK, free_port, is_listening
 from servers.postfix import Postfix, any_certificate, is_accepted
 from servers.process import ROOT, Process, clean_environment, run, wait_for, wait_for_log
+from servers.supervisor import EmptySupervisor
 
 import saslquota
 import saslquotawatch
@@ -141,6 +142,7 @@ NOT_RUN: Mapping[str, str] = {  # by the beginning of their text
     "apt-get install ": "tests/run has installed these packages, see test_packages",
     "tests/run\n": "it runs this file",
     "saslquotactl.py queue ": "it needs Postfix: see the tests of that command",
+    "PROBLEM  postfix ": "test_ctl_doctor.py compares it with what doctor says",
     "supervisorctl restart saslquota-watch\n": "see test_supervisor.py",
     "Subject: bob@example.com: quota reached\n": "a sample: see test_watch.py",
     "* * * * * root saslquotactl.py metrics": "a line for cron: see test_metrics.py",
@@ -494,50 +496,28 @@ def test_limits_that_cannot_be_had(
 
 # --- The production set-up, and what comes after it -----------------------------------------------
 
-USER = block(README, "1. Install", "sh", "useradd")
-USE_SQLITE = block(README, "2. Configure", "sh", "_sqlitefile")
+INSTALLS = [
+    block(README, "1. Install", "sh", "./install"),
+    block(INSTALL, "MySQL or MariaDB", "sh", "./install"),
+    block(UPGRADING, "From 2.0 on", "sh", "./install"),
+    block(UPGRADING, "Uninstalling", "sh", "./install"),
+]
+USER = block(INSTALL, "The program", "sh", "useradd")
+USE_SQLITE = block(INSTALL, "The settings", "sh", "_sqlitefile")
 CHECK = block(README, "2. Configure", "sh", "--check")
-UNDER_SUPERVISORD = block(README, "3. Start", "sh", "reread")
-LISTENS = block(README, "3. Start", "sh", "ss -ltn")
+UNDER_SUPERVISORD = block(INSTALL, "The service", "sh", "reread")
+STATUS_OF_SERVICE = block(README, "3. Look", "sh", "supervisorctl")
+LISTENS = block(README, "3. Look", "sh", "ss -ltn")
 RESTART_AND_RELOAD = block(OPERATION, "Restart and reload", "sh", "HUP")
 CHECK_AND_RESTART = block(OPERATION, "Restart and reload", "sh", "--check")
 CHECK_AT_NIGHT = block(OPERATION, "When something is down", "sh", "--check")
 START_AT_NIGHT = block(OPERATION, "When something is down", "sh", "supervisorctl start")
-UPGRADE = block(UPGRADING, "From 2.0 on", "sh", "install")
-WAY_BACK = block(UPGRADING, "From 2.0 on", "sh", "cp /opt/saslquota/saslquota.py.old")
+UPGRADE = block(UPGRADING, "From 2.0 on", "sh", "install -m")
+WAY_BACK = block(UPGRADING, "From 2.0 on", "sh", "py.old; do cp")
 STOP_THE_OLD = block(UPGRADING, "From noskoski/postfix_saslquota 1.x", "sh")
 UNINSTALL = block(UPGRADING, "Uninstalling", "sh", "userdel")
 UNINSTALL_DATABASE = block(UPGRADING, "Uninstalling", "sql")
 UNINSTALL_POSTFIX = block(UPGRADING, "Uninstalling", "sh", "postconf")
-
-
-class EmptySupervisor(Process):
-    """A supervisord that runs nothing yet, with Debian's include line for a private conf.d."""
-
-    def __init__(self, directory: Path, port: int) -> None:
-        super().__init__(directory, "supervisord")
-        self.port = port
-        self.socket = directory / "control.sock"
-        self.config = directory / "supervisord.conf"
-        for name in ("conf.d", "log"):
-            (directory / name).mkdir()
-        self.config.write_text(
-            f"[unix_http_server]\nfile={self.socket}\n"
-            f"[supervisord]\nlogfile={directory}/supervisord.log\npidfile={directory}/pid\n"
-            "[rpcinterface:supervisor]\n"
-            "supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface\n"
-            f"[supervisorctl]\nserverurl=unix://{self.socket}\n"
-            f"[include]\nfiles={directory}/conf.d/*.conf\n"
-        )
-
-    def command(self) -> Sequence[str | Path]:
-        return ["supervisord", "--nodaemon", "--configuration", self.config]
-
-    def environment(self) -> dict[str, str]:
-        return clean_environment({"_bindport": self.port, "_loghandler": "stdout"})
-
-    def is_ready(self) -> bool:
-        return self.socket.exists()
 
 
 class Production:
@@ -628,6 +608,15 @@ def test_the_user(new_directory: Callable[[], Path]) -> None:
     assert (root / "etc" / "passwd").read_text() == (root / "etc" / "group").read_text() == ""
 
 
+@pytest.mark.parametrize("script", INSTALLS)
+def test_install(script: str) -> None:
+    """It is run by test_install.py, and as it is shipped by test_install_on_debian.py."""
+    program, *options = script.split()
+    assert (ROOT / program).stat().st_mode & 0o111
+    usage = subprocess.run(["sh", ROOT / program, "--help"], capture_output=True, text=True).stdout
+    assert set(options) <= set(re.findall(r"--\w+", usage))
+
+
 @pytest.mark.slow
 def test_production(production: Production) -> None:
     opt, lib = production.opt, production.directory / "lib"
@@ -635,6 +624,7 @@ def test_production(production: Production) -> None:
     assert modes(opt / "saslquota.json", opt / "quotarules.json") == ["0o640", "0o644"]
     config = load_config(opt / "saslquota.json", {})
     assert (config.loglevel, config.store) == ("INFO", "sqlite")
+    assert UNDER_SUPERVISORD.splitlines(keepends=True)[-1] == STATUS_OF_SERVICE
     if shutil.which("ss"):
         production.run(LISTENS)
     with PolicyClient(production.supervisor.port) as policy:
