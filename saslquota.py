@@ -623,6 +623,26 @@ def read_networks(value: Any) -> tuple[Network, ...]:
         raise ValueError(f"networks such as 127.0.0.0/8 or ::1 ({error})") from None
 
 
+def read_notified(value: Any) -> tuple[str, ...]:
+    """Whom to tell: mail addresses, and commands as in aliases(5)."""
+    found = tuple(read_list(value))
+    if not all(re.fullmatch(r"[|]\s*[^\s|].*|[!#-'*+.-9=?-{}~-]+", one) for one in found):
+        raise ValueError("a mail address or |/command, or a list of them")
+    return found
+
+
+def read_address(port: int, *, optional: bool) -> Callable[[Any], str]:
+    """A reader of host, host:port or [IPv6]:port; "" is for none."""
+
+    def read(value: Any) -> str:
+        name = read_text(value).strip()
+        if not (split_host(name, port) if name else optional):
+            raise ValueError(f"host:port{', or empty' if optional else ''}")
+        return name
+
+    return read
+
+
 def setting(default: Any, read: Callable[[Any], Any]) -> Any:
     return dataclasses.field(default=default, metadata={"read": read})
 
@@ -660,6 +680,13 @@ class Config:
     allow: tuple[Network, ...] = setting((), read_networks)  # who may connect; () is everybody
     retentiondays: int = setting(30, read_int(1, 3650))
     storeaddress: bool = setting(True, read_switch)  # whether a send keeps its client_address
+    # For saslquotawatch.py:
+    notify: tuple[str, ...] = setting((), read_notified)  # who is told of incidents
+    notifyhost: str = setting("localhost:25", read_address(25, optional=False))  # the mail server
+    notifyuser: bool = setting(False, read_switch)  # whether the user is told, too
+    http: str = setting(
+        "", read_address(10009, optional=True)
+    )  # where metrics and the page are; "" is nowhere
 
     def beside(self, name: str) -> Path:
         """A path that a setting holds: relative to the configuration file."""

@@ -836,6 +836,70 @@ def add_queue_commands(commands: Any) -> None:
     parser.set_defaults(command=run_queue)
 
 
+# --- Metrics --------------------------------------------------------------------------------------
+
+SAID = {  # by the daemon: its line, the metric, and what that is
+    "uptime": ("uptime_seconds", "since the daemon's start"),
+    "store": ("store_up", "0 while the daemon cannot use its database"),
+    "rules_valid": ("rules_valid", "0: quotarules.json has a mistake, older rules are in force"),
+    "connections": ("connections", "open connections of Postfix"),
+    "recipients": ("recipients_total", "recipients accepted"),
+    "incidents": ("incidents_total", "accounts that came over their quota"),
+    "log_lines_lost": ("log_lines_lost_total", "lines that the log did not take"),
+}
+
+
+def metrics_text(said: Mapping[str, str], counted: Mapping[str, int]) -> str:
+    """Prometheus' text of what the daemon says, nothing if it is down, and of what the tables hold.
+    What is not known is left out. No label is a login: it is personal data."""
+    lines: list[str] = []
+
+    def add(name: str, explanation: str, samples: Mapping[str, object], kind: str = "") -> None:
+        kind = kind or ("counter" if name.endswith("_total") else "gauge")
+        lines.extend((f"# HELP saslquota_{name} {explanation}", f"# TYPE saslquota_{name} {kind}"))
+        lines.extend(f"saslquota_{name}{suffix} {value}" for suffix, value in samples.items())
+
+    add("up", "whether the daemon answers", {"": int(bool(said))})
+    if re.fullmatch(r"[0-9A-Za-z.+-]+", said.get("version", "")):
+        add("info", "about the daemon", {f'{{version="{said["version"]}"}}': 1})
+    words = {"up": "1", "down": "0", "yes": "1", "no": "0"}
+    found = {name: words.get(value, value) for name, value in said.items()}
+    found = {name: n for name, n in found.items() if re.fullmatch(r"[0-9]+(\.[0-9]+)?", n)}
+    for name in (name for name in SAID if name in found):
+        add(*SAID[name], {"": found[name]})
+    verdicts = {f'{{verdict="{n[9:]}"}}': found[n] for n in found if n.startswith("requests_")}
+    add("requests_total", "requests by what came of them", verdicts)
+    sums = {n.partition("_le_")[2]: found[n] for n in found if n.startswith("decision_seconds_le_")}
+    if "inf" in sums and "decision_seconds_sum" in found:
+        took = {f'_bucket{{le="{n.replace("inf", "+Inf")}"}}': sums[n] for n in sums}
+        took |= {"_sum": found["decision_seconds_sum"], "_count": sums["inf"]}
+        add("decision_seconds", "from a request to its reply", took, "histogram")
+    for name, number in counted.items():
+        add(name, "in the tables, which several daemons may share", {"": number})
+    return "\n".join(lines) + "\n"
+
+
+def count_for_metrics(store: Store) -> dict[str, int]:
+    now = store.now()
+    events = read_events(store, "kind = 'refused' AND at >= TIME", [now - 25 * HOUR])
+    orders = {row["account"]: row for row in reversed(read_events(store, f"kind IN {ORDERS}"))}
+    refused = {event["account"] for event in events if (event["last"] or 0) >= now - HOUR}
+    untold = sum(not event["told"] and event["at"] >= now - 24 * HOUR for event in events)
+    blocked = sum(is_in_force(order, "block", now) for order in orders.values())
+    found = len(refused), blocked, untold
+    return dict(zip(("refused_senders", "blocked_senders", "incidents_untold"), found, strict=True))
+
+
+def metrics(session: Session, _: argparse.Namespace) -> int:
+    said, counted = dict[str, str](), dict[str, int]()
+    with contextlib.suppress(ControlError):
+        said = ask_daemon(session.config)
+    with contextlib.suppress(SaslQuotaError):  # the daemon says whether it is up
+        counted = count_for_metrics(session.store)
+    print(metrics_text(said, counted), end="")
+    return OK
+
+
 # --- main -----------------------------------------------------------------------------------------
 
 
@@ -850,6 +914,8 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     add_look_and_orders_commands(commands)
     add_queue_commands(commands)
+    text = "print figures for Prometheus, as node_exporter's textfile"
+    commands.add_parser("metrics", help=text, description=text).set_defaults(command=metrics)
     sys.modules.setdefault("saslquotactl", sys.modules[__name__])  # as a script it is __main__
     import saslquotabacktest
     import saslquotadoctor

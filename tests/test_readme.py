@@ -34,6 +34,7 @@ from servers.process import ROOT, Process, clean_environment, run, wait_for, wai
 from servers.supervisor import EmptySupervisor
 
 import saslquota
+import saslquotawatch
 from saslquota import Config, Window, load_config, load_rules
 
 NAMES = ["README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md"]
@@ -142,6 +143,10 @@ NOT_RUN: Mapping[str, str] = {  # by the beginning of their text
     "tests/run\n": "it runs this file",
     "saslquotactl.py queue ": "it needs Postfix: see the tests of that command",
     "PROBLEM  postfix ": "test_ctl_doctor.py compares it with what doctor says",
+    "supervisorctl restart saslquota-watch\n": "see test_supervisor.py",
+    "Subject: bob@example.com: quota reached\n": "a sample: see test_watch.py",
+    "* * * * * root saslquotactl.py metrics": "a line for cron: see test_metrics.py",
+    "ssh -L 10009:": "it needs another machine",
 }
 
 
@@ -241,6 +246,22 @@ def test_the_second_command() -> None:
 
 
 # --- Settings and rules ---------------------------------------------------------------------------
+
+
+WATCH_SETTINGS = block(OPERATION, "Told by mail, metrics, page", "json", "_notify")
+
+
+def test_the_settings_of_the_watch(tmp_path: Path) -> None:
+    path = tmp_path / "saslquota.json"
+    path.write_text(f"{{{WATCH_SETTINGS}}}", "utf-8")
+    config = load_config(path, {})
+    assert (config.notify, config.http) == (("postmaster@example.com",), "127.0.0.1:10009")
+
+
+def test_its_sample_mail_names_the_commands() -> None:
+    (sample,) = [b.text for b in BLOCKS if b.text.startswith("Subject: bob@example.com")]
+    lines = "\n".join(saslquotawatch.advice("bob@example.com"))
+    assert sample.endswith(f"{lines}\n")
 
 
 def settings_table() -> dict[str, tuple[str, str]]:

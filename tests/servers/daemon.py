@@ -20,6 +20,9 @@ from servers.process import IS_ROOT, ROOT, Process, clean_environment
 
 SHIPPED = (
     "saslquota.py",
+    "saslquotactl.py",
+    "saslquotapage.py",
+    "saslquotawatch.py",
     "saslquota.json",
     "quotarules.json",
     "mysql.sql",

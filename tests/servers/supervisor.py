@@ -45,7 +45,7 @@ class Supervisor(Process):
             assert shipped in text, f"saslquota_supervisor.conf does not name {shipped}"
             text = text.replace(shipped, private)
         text, found = re.subn(r"^user=saslquota\n", "", text, flags=re.MULTILINE)
-        assert found == 1, "saslquota_supervisor.conf does not run it as user saslquota"
+        assert found == 2, "saslquota_supervisor.conf does not run both as user saslquota"
         return text
 
     def command(self) -> Sequence[str | Path]:
