@@ -802,7 +802,8 @@ def queued_mail(root: str, is_wanted: Callable[[str], bool]) -> list[dict[str, A
         for path in progress(paths, f"files in {queue}"):
             found = read_queue_file(path)
             if b"sasl_username" in found and is_wanted(found[b"sasl_username"]):
-                arrival = json_time(int(found.get(b"T", "0").split()[0]) * 1_000_000)
+                seconds = found.get(b"T", "")[:10]
+                arrival = json_time(int(seconds) * 1_000_000) if seconds.isdecimal() else None
                 row = {"queue_id": os.path.basename(path), "queue": queue, "arrival": arrival}
                 rows[row["queue_id"]] = row | {"sender": found.get(b"S", "")}
     return list(rows.values())
