@@ -683,6 +683,7 @@ class Config:
     # For saslquotawatch.py:
     notify: tuple[str, ...] = setting((), read_notified)  # who is told of incidents
     notifyhost: str = setting("localhost:25", read_address(25, optional=False))  # the mail server
+    notifyaddresses: int = setting(0, read_int(0, 100_000))  # new ones in a day; 0: not told
     notifyuser: bool = setting(False, read_switch)  # whether the user is told, too
     http: str = setting(
         "", read_address(10009, optional=True)

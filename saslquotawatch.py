@@ -50,7 +50,16 @@ from typing import Any, NamedTuple
 
 import saslquota
 import saslquotactl as ctl
-from saslquota import POOL_PREFIX, Config, Conflict, SaslQuotaError, Store
+from saslquota import (
+    MAX_AUTHOR,
+    POOL_PREFIX,
+    Config,
+    Conflict,
+    Events,
+    Refused,
+    SaslQuotaError,
+    Store,
+)
 from saslquotactl import HOUR, Row, Session, clean, format_moment, spelled
 from saslquotapage import Database, command, complain, is_enforced, origins, run, serve, why
 
@@ -99,6 +108,26 @@ def mark(store: Store, stamp: int, *, told: bool) -> None:
     run(store, sql, [*values, now - 2 * EXPIRY, stamp])
 
 
+ADDRESSES_INTERVAL = 60.0  # seconds between two looks for logins with many new addresses
+
+
+def note_addresses(session: Session) -> None:
+    """Begin an incident for each login that has sent from more than _notifyaddresses addresses in a
+    day that it never had before, unless it has an incident of that day."""
+    store, most = session.store, session.config.notifyaddresses
+    now = store.now()
+    noted = ctl.read_events(store, "kind = 'refused' AND at >= TIME", [now - DAY])
+    known = {event["account"] for event in noted}
+    for row in ctl.tally(store, "account", f"at >= TIME AND {ctl.NO_POOL}", [now - DAY]):
+        account = row["account"]
+        if row["addresses"] > most and account not in known:
+            *_, number, _ = origins(store, account, now - DAY)
+            if number > most:
+                many = Refused(account, 0, f"{number} addresses in a day, never seen before")
+                Events(store).note_refusals([many], now, socket.gethostname()[:MAX_AUTHOR])
+                print(f"incident: account={clean(account)}, {many.line}", flush=True)
+
+
 # --- Mail -----------------------------------------------------------------------------------------
 
 IN_FULL = 10  # incidents in a mail; the others have a line each
@@ -126,6 +155,8 @@ def write_mail(config: Config, to: Sequence[str], subject: str, lines: Iterable[
 
 
 def tell_briefly(event: Row, now: int, what: str = "refused") -> str:
+    if not event["amount"]:  # see note_addresses()
+        return f"{spelled(event['account'])} sends from {event['note']}."
     since = f"since {format_moment(event['at'], now)}, {event['amount']} times so far"
     return f"{spelled(event['account'])} is {what} {since}: {''.join(why(event))}."
 
@@ -172,7 +203,8 @@ def admin_mail(session: Session, events: Sequence[Row]) -> tuple[str, list[str]]
                 deadline = -math.inf
         lines.append(tell_briefly(event, now))
     name = spelled(events[0]["account"])[:100] if number == 1 else f"{number} accounts"
-    return f"{name}: quota reached", lines
+    reason = "quota reached" if any(event["amount"] for event in events) else "many addresses"
+    return f"{name}: {reason}", lines
 
 
 def user_mail(event: Row, now: int) -> tuple[str, list[str]]:
@@ -278,7 +310,7 @@ class Teller:
         self._database = Database(config)
         self._failures = 0  # of the database in a row
         self._unmarked = 0  # a claim that was told, while the database is away
-        self._retry_at = self._retry_owed_at = -math.inf  # monotonic seconds
+        self._retry_at = self._retry_owed_at = self._addresses_at = -math.inf  # monotonic seconds
         self._owed: collections.deque[Letter] = collections.deque(maxlen=MAX_OWED)
 
     def look(self) -> bool:
@@ -298,6 +330,9 @@ class Teller:
         if self._unmarked:
             mark(session.store, self._unmarked, told=True)
             self._unmarked = 0
+        if self._config.notifyaddresses and time.monotonic() >= self._addresses_at:
+            self._addresses_at = time.monotonic() + ADDRESSES_INTERVAL
+            note_addresses(session)
         if not self._config.notify:
             sql = f"SELECT COUNT(*) FROM events WHERE {UNTOLD}"
             if number := run(session.store, sql, [session.now - EXPIRY])[0][0]:
@@ -323,7 +358,8 @@ class Teller:
         self._unmarked = stamp if is_told else 0
         self._retry_at = -math.inf if is_told else time.monotonic() + RETRY
         for event in events if is_told and config.notifyuser else ():
-            if USER.fullmatch(event["account"]) and is_enforced(session, event):
+            is_refused = event["amount"] and is_enforced(session, event)
+            if USER.fullmatch(event["account"]) and is_refused:
                 data = write_mail(config, [event["account"]], *user_mail(event, now))
                 owed.append(Letter((event["account"],), data, began + EXPIRY / SECOND))
         self._owed += owed if is_told else ()

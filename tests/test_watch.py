@@ -2,6 +2,7 @@
 
 import email
 import email.policy
+import ipaddress
 import json
 import random
 import re
@@ -268,6 +269,38 @@ def test_a_note_of_another_form_is_told_as_it_is(place: Place, smtp: SMTPServer)
     place.refused(note="sends from 40 new addresses")
     place.teller().look()
     assert "1 times so far: sends from 40 new addresses.\n" in text(only(smtp.mails))
+
+
+def test_a_login_from_many_new_addresses_is_told_of_once(
+    each_place: Place, smtp: SMTPServer
+) -> None:
+    """Slowly, under its quota. A login that is new itself is nothing unusual."""
+    place, day = each_place, 86_400
+    place.write(_notifyaddresses=3)
+
+    def sent(account: str, seq: int, ago: float, address: str) -> None:
+        at = place.store.now() - round(ago * SECOND)
+        packed = ipaddress.ip_address(address).packed
+        place.store.append([Entry(account, seq, 1, at, 1, seq, "", seq, packed, "")])
+
+    sent(BOB, 1, 2 * day, "192.0.2.1")
+    sent("few@x", 1, 2 * day, "192.0.2.1")
+    for n in range(2, 6):
+        sent(BOB, n, 100 - n, f"198.51.100.{n}")
+        sent("new@x", n - 1, 100 - n, f"198.51.100.{n}")
+    for n in range(2, 5):
+        sent("few@x", n, 100 - n, f"198.51.100.{n}")
+    teller = place.teller()
+    for _ in range(2):
+        teller._addresses_at = 0.0
+        teller.look()
+    assert place.state() == {BOB: "new"}
+    place.let_pass(10)
+    assert teller.look()
+    mail = only(smtp.mails)
+    assert parsed(mail)["Subject"] == f"{BOB}: many addresses"
+    assert f"{BOB} sends from 4 addresses in a day, never seen before.\n" in text(mail)
+    assert place.state() == {BOB: "told"}
 
 
 @pytest.mark.parametrize(
