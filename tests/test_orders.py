@@ -26,6 +26,7 @@ from saslquota import (
     Order,
     Origin,
     SQLiteStore,
+    TimedOut,
     Verdict,
     Window,
 )
@@ -129,6 +130,28 @@ def test_a_send_larger_than_the_quota_begins_no_count_anew(fleet: StartFleet) ->
     assert {row.epoch for row in one.rows()} == {1}
 
 
+def test_what_is_held_all_the_same_begins_no_count_anew(fleet: StartFleet) -> None:
+    one = fleet()
+    held = (Window(3600, 5, rule="default", action="HOLD"),)
+    order(one, "a@x", "grant", lasts=600, amount=7, epoch=1)
+    assert all(one.send("a@x", held) for _ in range(12))
+    wait(one, 600)
+    assert one.send("a@x", held, 6)
+    assert {row.epoch for row in one.rows()} == {1}
+
+
+def test_a_count_that_was_not_written_has_not_begun_anew(fleet: StartFleet) -> None:
+    one = fleet()
+    order(one, "a@x", "grant", lasts=600, amount=7, epoch=1)
+    assert how_many(one, "a@x") == 12
+    wait(one, 600)
+    with pytest.raises(TimedOut):
+        one.ledgers[0].charge([lone_charge("a@x", 1, "", HOUR)], one.world.monotonic() - 1)
+    wait(one, 3600)
+    assert one.send("a@x", HOUR)
+    assert {row.epoch for row in one.rows()} == {1}
+
+
 def test_a_pool_may_be_granted_more(fleet: StartFleet) -> None:
     one = fleet()
     pool = Debit("POOL @x", 1, HOUR)
@@ -219,9 +242,9 @@ def test_orders_are_read_once_a_second(tmp_path: Path) -> None:
 def test_a_refusal_is_repeated_no_longer_than_the_orders_are_known(fleet: StartFleet) -> None:
     """Else an order would take two seconds."""
     one = fleet()
-    assert how_many(one, "a@x") == 5
+    assert one.send("a@x", HOUR)
     wait(one, 0.9)
-    (verdict,) = one.ledgers[0].charge([lone_charge("a@x", 1, "", HOUR)], NEVER)
+    (verdict,) = one.ledgers[0].charge([lone_charge("b@x", 9, "", HOUR)], NEVER)
     assert not verdict.accepted
     assert verdict.repeatable_until <= 1.0
 
