@@ -264,7 +264,8 @@ def queued_mail(root: str, is_wanted: Callable[[str], bool]) -> list[dict[str, A
         for path in progress(paths, f"files in {queue}"):
             found = read_queue_file(path)
             if b"sasl_username" in found and is_wanted(found[b"sasl_username"]):
-                arrival = json_time(int(found.get(b"T", "0").split()[0]) * 1_000_000)
+                seconds = found.get(b"T", "")[:10]
+                arrival = json_time(int(seconds) * 1_000_000) if seconds.isdecimal() else None
                 row = {"queue_id": os.path.basename(path), "queue": queue, "arrival": arrival}
                 rows[row["queue_id"]] = row | {"sender": found.get(b"S", "")}
     return list(rows.values())
@@ -426,9 +427,9 @@ login, or those in force.
     saslquotactl.py backtest --limit 200/1h
     saslquotactl.py backtest --rules /root/quotarules.new.json -p 7d
 
-REFUSED and SENT are recipients; LIMIT is what refused first, FIRST when. Windows
-begin empty: let -p be several times their periods. "enforce": false and HOLD
-refuse nobody; blocks and grants are left out. What a login sent under one
+REFUSED and SENT are recipients; LIMIT is what refused first, and FIRST when.
+Windows begin empty: let -p be several times their periods. "enforce": false and
+HOLD refuse nobody; blocks and grants are left out. What a login sent under one
 instance is one message."""
 UNKNOWN = (
     "Not recorded: what was refused; how many recipients it was where a rule counted messages."
@@ -449,7 +450,7 @@ def read_option(option: str, value: str, read: Callable[[str], Item]) -> Item:
     try:
         return read(value)
     except ValueError as error:
-        raise ControlError(f"{option} {value}: must be {error}") from None
+        raise ControlError(f"{option}: must be {error}") from None
 
 
 def rules_to_test(session: Session, arguments: argparse.Namespace) -> Rules:
@@ -458,8 +459,8 @@ def rules_to_test(session: Session, arguments: argparse.Namespace) -> Rules:
     if not arguments.limit:
         return session.rules
     msgquota, _, period = arguments.limit.partition("/")
-    number = read_option("--limit", msgquota, saslquota.read_msgquota)
-    length = read_option("--limit", period, saslquota.read_period)
+    number = read_option(f"--limit {arguments.limit}", msgquota, saslquota.read_msgquota)
+    length = read_option(f"--limit {arguments.limit}", period, saslquota.read_period)
     return Rules([Rule("default", (Window(length, number, "default"),))])
 
 
@@ -467,7 +468,7 @@ def replay_period(
     session: Session, arguments: argparse.Namespace, rules: Rules, *, measure: bool = False
 ) -> tuple[dict[str, Replayed], str]:
     """The accounts of the last -p, and how much they sent, in words."""
-    seconds = read_option("-p", arguments.period, saslquota.read_period)
+    seconds = read_option(f"-p {arguments.period}", arguments.period, saslquota.read_period)
     login = session.account(arguments.login) if arguments.login else ""
     rows = recorded(session.store, rules, session.now - seconds * 1_000_000, login)
     found = replay(rules, rows, measure=measure)
@@ -537,7 +538,9 @@ def add_records_commands(commands: Any) -> None:
         ("backtest", run_backtest, "whom other rules would have refused", BACKTEST_HELP),
     ):
         parser = commands.add_parser(name, help=about, description=text, formatter_class=RAW)
-        parser.add_argument("-p", dest="period", metavar="TIME", default="30d", help="such as 7d")
+        parser.add_argument(
+            "-p", dest="period", metavar="TIME", default="30d", help="how far back (30d)"
+        )
         parser.set_defaults(command=run, login="")
     parser.add_argument("--login", metavar="LOGIN", help="only this one")
     which = parser.add_mutually_exclusive_group()

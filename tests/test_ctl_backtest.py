@@ -397,8 +397,8 @@ def test_a_table_is_read_in_slices(site: Site, monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--limit", "many/1h"], "--limit many: must be a whole number from 0 to"),
-        (["--limit", "200"], "--limit : must be seconds from 1 to"),
+        (["--limit", "many/1h"], "--limit many/1h: must be a whole number from 0 to"),
+        (["--limit", "200"], "--limit 200: must be seconds from 1 to"),
         (["-p", "soon"], "-p soon: must be seconds from 1 to"),
         (["--rules", "/nowhere.json"], "/nowhere.json: cannot be read"),
     ],

@@ -221,6 +221,12 @@ def test_a_login_that_is_not_utf8_is_found_as_the_daemon_counts_it(spool: Spool)
     assert spool.run(account)[1] == ["A1"]
 
 
+def test_a_file_that_does_not_say_when_it_came_is_found(spool: Spool) -> None:
+    spool.add("hold/A1", mail(ALICE).replace(record("T", "1700000000 123456"), record("T", "x")))
+    (line,) = spool.run(ALICE, options=["--json"])[1]
+    assert json.loads(line)["arrival"] is None
+
+
 def test_json_tells_when_a_mail_came_and_its_sender(spool: Spool) -> None:
     spool.add("hold/A1", mail(ALICE, sender="thief\x1b@example.org"))
     (line,) = spool.run(ALICE, options=["--json"])[1]
