@@ -29,6 +29,7 @@ PROTOCOL
     max(1, recipient_count); the other states cost nothing. Where a rule says "count": "messages", a
     message costs 1 however often it is asked about: the connection remembers the last one by its
     sender and instance. Malformed input gets no reply: it is logged and the connection closed.
+    request=status is answered with name=value lines about the daemon, and costs nothing.
 
 CONFIGURATION
     saslquota.json holds the settings (class Config lists them), quotarules.json the rules. An
@@ -43,8 +44,10 @@ CONFIGURATION
                {seconds} (the period as a number), {retry_after} and {recipients} are filled in,
                and {{ and }} stand for a brace
     count      "recipients", or "messages"
-    action     "REJECT", or "DEFER": 450 in place of 554
+    action     "REJECT"; "DEFER": 450 in place of 554; or "HOLD": accept, count, and let Postfix put
+               the mail into its hold queue
     enforce    false: count, log "action=REJECT (not enforced)", and accept
+    notify     whether what is over it is an incident; by default if enforced, and not a quota of 0
     comment    any text, for whoever reads the file
 
 SIGNALS
@@ -59,7 +62,8 @@ DIAGNOSTICS
 FILES
     saslquota.json, quotarules.json    settings and rules
     schema/                            JSON Schemas of both, for editors; not needed to run
-    mysql.sql                          the table, for MySQL and MariaDB (SQLite's is made by itself)
+    mysql.sql                          the tables, for MySQL and MariaDB (SQLite's make themselves)
+    saslquotactl.py                    shows who sends, blocks, grants more: by way of the tables
     saslquota.db                       the embedded database
 
 HOW IT WORKS
@@ -68,6 +72,7 @@ HOW IT WORKS
         Postfix --> PolicyHandler         bytes to Request
                     1 policy.charge()     whose quota, and how much: a Charge, or an Answer at once
                     2 committer.submit()  the queue; what has gathered there is one batch
+                        Orders            what administrators grant or block
                         Ledger            decides the batch upon what Accounts remembers
                         Store             one INSERT makes the accepted charges durable
                       decided(verdict)    called once, by the committer or the watchdog
@@ -83,7 +88,8 @@ HOW IT WORKS
         rules         reads the rules again when their file has changed
         server        accepts connections, makes room for them
         a connection  reads its requests and submits them: one for each smtpd process
-        committer     the ledger, accounts and store; answers what it has decided
+        committer     the ledger, accounts and store; answers what it has decided, and then notes
+                      the incidents that any thread may count
         watchdog      every 0.1 s: answers what is overdue, whatever the committer is doing
         log           writes the log lines
 
@@ -94,6 +100,7 @@ HOW IT WORKS
 from __future__ import annotations
 
 import argparse
+import bisect
 import codecs
 import collections
 import contextlib
@@ -115,7 +122,6 @@ import queue
 import random
 import re
 import resource
-import shlex
 import signal
 import socket
 import socketserver
@@ -270,7 +276,7 @@ class LogWriter(logging.Handler):
         super().__init__()
         self.target = target
         self._lines: collections.deque[tuple[int, str]] = collections.deque()
-        self._lost = 0
+        self.lost = 0  # lines, so far
         self._wake = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._write, name="log", daemon=True)
@@ -284,11 +290,12 @@ class LogWriter(logging.Handler):
         if len(self._lines) < LOG_BACKLOG:
             self._lines.append((level, line[:MAX_LINE]))
         else:
-            self._lost += 1
+            self.lost += 1
         if not self._wake.is_set():
             self._wake.set()
 
     def _write(self) -> None:
+        told = 0
         while not self._stopping:
             self._wake.wait()
             time.sleep(LOG_PAUSE)
@@ -302,8 +309,8 @@ class LogWriter(logging.Handler):
                 written += 1
                 if written % LOG_SLICE == 0:
                     time.sleep(0)
-            if self._lost:
-                lost, self._lost = self._lost, 0
+            if lost := self.lost - told:
+                told += lost
                 log.error("%d log lines were lost", lost)
 
     def stop(self, timeout: float) -> None:
@@ -311,6 +318,11 @@ class LogWriter(logging.Handler):
         self._stopping = True
         self._wake.set()
         self._thread.join(timeout)
+
+
+def valid_utf8(value: str) -> str:
+    """The value as UTF-8 that every database takes: bytes that were not UTF-8 are spelled out."""
+    return value.encode("utf-8", "backslashreplace").decode()
 
 
 # --- JSON files -----------------------------------------------------------------------------------
@@ -611,6 +623,26 @@ def read_networks(value: Any) -> tuple[Network, ...]:
         raise ValueError(f"networks such as 127.0.0.0/8 or ::1 ({error})") from None
 
 
+def read_notified(value: Any) -> tuple[str, ...]:
+    """Whom to tell: mail addresses, and commands as in aliases(5)."""
+    found = tuple(read_list(value))
+    if not all(re.fullmatch(r"[|]\s*[^\s|].*|[!#-'*+.-9=?-{}~-]+", one) for one in found):
+        raise ValueError("a mail address or |/command, or a list of them")
+    return found
+
+
+def read_address(port: int, *, optional: bool) -> Callable[[Any], str]:
+    """A reader of host, host:port or [IPv6]:port; "" is for none."""
+
+    def read(value: Any) -> str:
+        name = read_text(value).strip()
+        if not (split_host(name, port) if name else optional):
+            raise ValueError(f"host:port{', or empty' if optional else ''}")
+        return name
+
+    return read
+
+
 def setting(default: Any, read: Callable[[Any], Any]) -> Any:
     return dataclasses.field(default=default, metadata={"read": read})
 
@@ -648,6 +680,14 @@ class Config:
     allow: tuple[Network, ...] = setting((), read_networks)  # who may connect; () is everybody
     retentiondays: int = setting(30, read_int(1, 3650))
     storeaddress: bool = setting(True, read_switch)  # whether a send keeps its client_address
+    # For saslquotawatch.py:
+    notify: tuple[str, ...] = setting((), read_notified)  # who is told of incidents
+    notifyhost: str = setting("localhost:25", read_address(25, optional=False))  # the mail server
+    notifyaddresses: int = setting(0, read_int(0, 100_000))  # new ones in a day; 0: not told
+    notifyuser: bool = setting(False, read_switch)  # whether the user is told, too
+    http: str = setting(
+        "", read_address(10009, optional=True)
+    )  # where metrics and the page are; "" is nowhere
 
     def beside(self, name: str) -> Path:
         """A path that a setting holds: relative to the configuration file."""
@@ -713,6 +753,17 @@ class Window:
     action: str = "REJECT"
     enforce: bool = True  # false: a refusal is only logged
     count: str = "recipients"
+    notify: bool | None = None  # None: if it is enforced, and not a quota of 0
+
+    @property
+    def notifies(self) -> bool:
+        """Whether the administrator wants to know of what is over it."""
+        return self.enforce and self.msgquota > 0 if self.notify is None else self.notify
+
+    @property
+    def refuses(self) -> bool:
+        """Whether it refuses what is over it; else that is accepted, or held by Postfix."""
+        return self.enforce and self.action != "HOLD"
 
     @property
     def limit_text(self) -> str:
@@ -731,6 +782,8 @@ class Window:
         limit = f"{self.limit_text} {self.count} in any {length}; beyond that"
         if not self.enforce:
             return f"{limit} accepted (not enforced), logged as {self.action}: {self.msg}"
+        if self.action == "HOLD":
+            return f"{limit} accepted, and put into Postfix's hold queue: {self.msg}"
         return f"{limit}{' deferred (450)' if self.action == 'DEFER' else ''}: {self.msg}"
 
 
@@ -915,8 +968,9 @@ RULE_FIELDS: dict[str, Callable[[Any], Any]] = {
     "msgquota": read_msgquota,  # recipients or messages
     "msg": read_msg,
     "count": read_choice("recipients", "messages"),
-    "action": read_choice("REJECT", "DEFER"),
+    "action": read_choice("REJECT", "DEFER", "HOLD"),
     "enforce": read_flag,
+    "notify": read_flag,
     "comment": read_text,
 }
 BUILT_IN = Window(0, 0, msg="sending quota exceeded, try again later")
@@ -1035,6 +1089,12 @@ class RulesFile:
         self._wanted = threading.Event()
         self._stamp = self._read_stamp()
         self.rules = load_rules(path, retention)
+        self.read_at = time.time()
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether they are those of the file as it is now."""
+        return not self._complaint
 
     def _read_stamp(self) -> tuple[int, ...] | None:
         try:
@@ -1074,6 +1134,7 @@ class RulesFile:
             self._complaint = str(error)
         else:
             self._complaint = ""
+            self.read_at = time.time()
             log.info("rules reloaded: %s", self.rules)
         finally:
             sys.setswitchinterval(interval)
@@ -1099,11 +1160,15 @@ class Request(NamedTuple):
     client_address: str
     instance: str
     size: int  # bytes that came over the wire
+    is_status: bool = False  # somebody asks how the daemon is, and all else is empty
 
     @property
     def is_whole_message(self) -> bool:
         """Whether it comes once for a message, with the number of recipients."""
         return self.protocol_state in ("DATA", "END-OF-MESSAGE")
+
+
+STATUS_REQUEST = Request("", "", "", "", 0, "", "", 0, is_status=True)
 
 
 def parse_request(block: bytes) -> Request:
@@ -1120,6 +1185,8 @@ def parse_request(block: bytes) -> Request:
     except ValueError:
         raise ProtocolError("a line without =") from None
     get = attributes.get
+    if get("request") == "status":
+        return STATUS_REQUEST
     if get("request") != "smtpd_access_policy":
         raise ProtocolError("no request=smtpd_access_policy")
     count = get("recipient_count") or "0"
@@ -1220,7 +1287,7 @@ class StoredEntry(NamedTuple):
 
 
 COLUMNS = ", ".join(Entry._fields)
-Value = int | str | bytes  # in a statement
+Value = int | str | bytes | None  # in a statement
 PurgeMark = tuple[int, str, int]  # at, account, seq: how far a purge has come
 PURGE_START: PurgeMark = (0, "", 0)
 
@@ -1229,10 +1296,11 @@ class Store:
     """The table `sends`, in SQL that SQLite, MariaDB and MySQL share.
 
     Used by one thread. Every method raises Conflict or Unavailable. A subclass says how to connect,
-    how to run a statement, and how its database writes a time: SELECT_AT reads the column as
-    microseconds since 1970, BIND_TIME makes a time of them.
+    how to run a statement, and how its database writes a time: TIME reads a column as microseconds
+    since 1970, and SELECT_AT that of the sends; BIND_TIME makes a time of them.
     """
 
+    TIME = "{}"
     SELECT_AT = "at"
     BIND_TIME = "?"
     BEGIN_LOCKING = "BEGIN"
@@ -1288,14 +1356,14 @@ class Store:
         """As run()."""
         raise NotImplementedError
 
-    def _run_each(self, sql: str, many: Sequence[Sequence[Value]]) -> list[Any]:
+    def run_each(self, sql: str, many: Sequence[Sequence[Value]]) -> list[Any]:
         """The rows that a SELECT gives for each of several lists of values, all together."""
         return [row for values in many for row in self.run(sql, values)]
 
     def _select(self, which: str, many: Sequence[Sequence[Value]]) -> list[StoredEntry]:
         """Entries of several accounts, in no order."""
         columns = f"account, seq, epoch, {self.SELECT_AT}, total - recipients, total"
-        rows = self._run_each(f"SELECT {columns} FROM sends WHERE {which}", many)
+        rows = self.run_each(f"SELECT {columns} FROM sends WHERE {which}", many)
         return [StoredEntry(*row) for row in rows]
 
     def newest_entries(self, wanted: Mapping[str, int], *, take_locks: bool) -> list[StoredEntry]:
@@ -1359,7 +1427,7 @@ class Store:
     def tokens(self, entries: Sequence[Entry]) -> set[int]:
         """The tokens of what is stored at these entries' keys."""
         select = "SELECT token FROM sends WHERE account = ? AND seq = ?"
-        return {token for (token,) in self._run_each(select, [(e.account, e.seq) for e in entries])}
+        return {token for (token,) in self.run_each(select, [(e.account, e.seq) for e in entries])}
 
     def purge(self, before: int, after: PurgeMark) -> PurgeMark:
         """Look at PURGE_ROWS rows older than `before`, on from `after`, and delete those that are
@@ -1603,7 +1671,7 @@ def with_remedy(error: Exception, config: Config) -> str:
         1045: f"check _myuser and _mypasswd in {config.path}, and {grant}"
         + (f"; if caching_sha2_password lacks TLS, {no_tls}" if is_pure else ""),
         1049: f"create database {config.mydb}",
-        1054: f"run mysql {config.mydb} -e {shlex.quote(ADD_COLUMNS)}",
+        1054: f'run mysql {config.mydb} -e "{ADD_COLUMNS}"',
         1142: grant,
         1146: f"run mysql {config.mydb} < mysql.sql",
         2002: "is the server running? check _myhost",
@@ -1620,6 +1688,8 @@ LOCK_TIMEOUTS = frozenset({1205, 1317})  # 1317: see MySQLStore._interrupted_soo
 # 1062 duplicate key, 1213 deadlock (Galera: certification), 3101 Group Replication, 1020 record
 # changed since the snapshot (MariaDB 11)
 CONFLICTS = frozenset({1062, 1213, 3101, 1020})
+# What the server says of a table: only open() tells whether it is `sends`.
+OTHER_TABLE = frozenset({1054, 1142, 1143, 1146})
 CONNECTION_LOST = frozenset({2006, 2013, 2055, 4031, errno.EPIPE, errno.ECONNRESET})
 
 
@@ -1634,24 +1704,25 @@ def store_error(error: Exception) -> StoreError:
     return Unavailable(str(error))
 
 
+def literal(value: Value) -> str:
+    """A value other than a number, as MySQL reads it."""
+    if type(value) is str:
+        return f"_utf8mb4 x'{value.encode().hex()}'"
+    return f"x'{value.hex()}'" if type(value) is bytes else "NULL"
+
+
 def with_literals(sql: str, values: Sequence[Value]) -> str:
     """The statement with its values as literals. Texts go as hexadecimal: there is nothing to
     escape, whatever the server's sql_mode."""
-    literals = [
-        f"_utf8mb4 x'{value.encode().hex()}'"
-        if type(value) is str
-        else f"x'{value.hex()}'"
-        if type(value) is bytes
-        else value
-        for value in values
-    ]
+    literals = [value if type(value) is int else literal(value) for value in values]
     return sql.replace("?", "%s") % tuple(literals)
 
 
 class MySQLStore(Store):
     """The table in MySQL or MariaDB; on the nodes of a Galera cluster, too."""
 
-    SELECT_AT = "TIMESTAMPDIFF(MICROSECOND, '1970-01-01', at)"
+    TIME = "TIMESTAMPDIFF(MICROSECOND, '1970-01-01', {})"
+    SELECT_AT = TIME.format("at")
     BIND_TIME = "TIMESTAMP '1970-01-01 00:00:00' + INTERVAL ? MICROSECOND"
     FOR_UPDATE = " FOR UPDATE"
     # Writes nothing, but fails wherever a send would: read-only, a global lock, no right to.
@@ -1668,8 +1739,8 @@ class MySQLStore(Store):
         self._version = self._connector = ""  # the server's; the connector's, with its kind
 
     def __str__(self) -> str:
-        hosts = [self._hosts[0]] if self._connection else self._config.myhost
-        return f"MySQL {self._config.mydb} on {', '.join(hosts)}"
+        hosts = self._hosts[0] if self._connection else ", ".join(self._config.myhost)
+        return f"MySQL {self._config.mydb} on {hosts}"
 
     def open(self, deadline: float = math.inf) -> None:
         """Connect to the first host that takes sends, beginning with the last that did unless it
@@ -1728,16 +1799,16 @@ class MySQLStore(Store):
         except (self._error, OSError) as error:
             found = store_error(error)
             if isinstance(found, Unavailable):  # or the connection was just idle for too long
-                is_gone = getattr(error, "errno", None) in CONNECTION_LOST
-                self._host_failed = not is_gone or time.monotonic() - began > 1
+                number = getattr(error, "errno", None)
+                is_idle = number in CONNECTION_LOST and time.monotonic() - began <= 1
+                self._host_failed = not is_idle and number not in OTHER_TABLE
             raise found from error
 
-    def _run_each(self, sql: str, many: Sequence[Sequence[Value]]) -> list[Any]:
+    def run_each(self, sql: str, many: Sequence[Sequence[Value]]) -> list[Any]:
         """In one statement: a round trip may be long."""
         if not many:
             return []
-        selects = [f"({with_literals(sql, values)})" for values in many]
-        return self.run(" UNION ALL ".join(selects))
+        return self.run(" UNION ALL ".join(f"({with_literals(sql, values)})" for values in many))
 
     def newest_entries(self, wanted: Mapping[str, int], *, take_locks: bool) -> list[StoredEntry]:
         if take_locks:  # should this machine vanish now, the server must not keep them for hours
@@ -1815,9 +1886,107 @@ class MySQLStore(Store):
     def check(self) -> str:
         """What --check says of the store. Raises Unavailable."""
         self.open()
-        found = f"{self}: {self._version}, table sends found, {self._connector}"
-        self.close()
-        return found
+        with contextlib.closing(self):
+            return f"{self}: {self._version}, table sends found, {self._connector}"
+
+
+# --- Events ---------------------------------------------------------------------------------------
+
+INCIDENT_SPAN = 86_400_000_000  # microseconds; what is refused later than that begins another one
+RECENT_EVENTS = 10  # of an account that are looked at for its incident
+
+
+class Order(NamedTuple):
+    """What an administrator has ordered for an account, as a row of the table `events`."""
+
+    account: str
+    kind: str  # "grant" or "block"
+    until: int | None  # microseconds since 1970, UTC; None: for good
+    amount: int | None  # of a grant: how many more
+    epoch: int | None  # of a grant: the account's when it was given
+
+    def is_over(self, now: int) -> bool:
+        return self.until is not None and self.until <= now
+
+
+class Refused(NamedTuple):
+    """How many charges of an account were refused."""
+
+    account: str
+    number: int
+    line: str  # the first of them, in words
+
+
+def lasting_incident(events: Iterable[tuple[int, str, int]], now: int) -> int:
+    """The number of the incident that goes on, of an account's newest events, each as its number,
+    kind and time; 0 if there is none. After a day, a reset or an order the next refusal is news."""
+    for number, kind, at in sorted(events, reverse=True):
+        if kind == "refused":
+            return number if at > now - INCIDENT_SPAN else 0
+        if kind != "block":
+            return 0
+    return 0
+
+
+class Events:
+    """The table `events`: what administrators order, and whom the daemons have refused. Not needed
+    to count: it may be missing."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def orders(self, since: int) -> list[Order]:
+        """The newest order of each account, unless it is a grant or block that ended before
+        `since`, or there is none in force any more."""
+        of_each = "SELECT 1 FROM events AS n WHERE n.account = e.account"
+        newer = f"{of_each} AND n.number > e.number AND n.kind IN ('grant', 'block', 'unblock')"
+        until, bound = self._store.TIME.format("until"), self._store.BIND_TIME
+        rows = self._store.run(
+            f"SELECT account, kind, {until}, amount, epoch FROM events AS e WHERE kind IN"
+            f" ('grant', 'block') AND (until IS NULL OR until > {bound}) AND NOT EXISTS ({newer})",
+            [since],
+        )
+        return [Order(*row) for row in rows]
+
+    def _lasting_incidents(
+        self, accounts: Sequence[str], now: int
+    ) -> tuple[dict[str, int], dict[str, int]]:
+        """The number of each account's incident that goes on, if one does, and of its newest
+        event."""
+        events: dict[str, list[tuple[int, str, int]]] = {account: [] for account in accounts}
+        of_each = (
+            f"SELECT account, number, kind, {self._store.TIME.format('at')} FROM events"
+            f" WHERE account = ? ORDER BY number DESC LIMIT {RECENT_EVENTS}"
+        )
+        for account, *event in self._store.run_each(of_each, [[account] for account in accounts]):
+            events[account].append(tuple(event))
+        newest = {account: max(found, default=(0,))[0] for account, found in events.items()}
+        lasting = {account: lasting_incident(found, now) for account, found in events.items()}
+        return {account: number for account, number in lasting.items() if number}, newest
+
+    def note_refusals(self, refused: Sequence[Refused], now: int, author: str) -> set[str]:
+        """Count up the incidents of these accounts; return those of which one begins. Nothing is
+        counted if another daemon begins one meanwhile: a Conflict."""
+        lasting, newest = self._lasting_incidents([one.account for one in refused], now)
+        begun = [one for one in refused if one.account not in lasting]
+        if begun:
+            row = f"(?, ?, {self._store.BIND_TIME}, 'refused', ?, ?, ?, {self._store.BIND_TIME})"
+            values: list[Value] = []
+            for account, number, line in begun:
+                values += [account, newest[account] + 1, now, number, author, line, now]
+            columns = "account, number, at, kind, amount, author, note, last"
+            rows = ", ".join([row] * len(begun))
+            self._store.run(f"INSERT INTO events ({columns}) VALUES {rows}", values)
+        if lasting:
+            more = [value for one in refused for value in (one.account, one.number)]
+            keys = [value for key in lasting.items() for value in key]
+            self._store.run(
+                f"UPDATE events SET last = {self._store.BIND_TIME}, amount = amount + CASE account"
+                f"{' WHEN ? THEN ?' * len(refused)} END"
+                f" WHERE {' OR '.join(['(account = ? AND number = ?)'] * len(lasting))}",
+                [now, *more, *keys],
+            )
+        return {one.account for one in begun}
 
 
 # --- Accounts -------------------------------------------------------------------------------------
@@ -1845,6 +2014,18 @@ class Debit(NamedTuple):
     account: str
     recipients: int
     windows: tuple[Window, ...]
+
+
+class Charge(NamedTuple):
+    """A send: a debit of the sender's own account, then those of the pools. All are charged, or
+    none."""
+
+    origin: Origin
+    debits: tuple[Debit, ...]
+
+    @property
+    def account(self) -> str:
+        return self.debits[0].account
 
 
 def lock_order(account: str) -> tuple[bool, str]:
@@ -2051,6 +2232,12 @@ class CachedAccount:
         counted = self.name, self.seq, self.epoch, self.at, recipients, self.total
         return Entry(*counted, origin.instance, token, origin.client_address, origin.sender)
 
+    def begin_anew(self) -> None:
+        """The next entry begins an epoch."""
+        self.epoch, self.total = self.epoch + 1, 0
+        for period, window in self.windows.items():
+            self.windows[period] = WindowCache([], self.seq, window.capacity)
+
     def take_back(self, entry: Entry) -> None:
         """Undo an append(), but for the time: the head tells."""
         if entry.seq == self.seq:
@@ -2141,18 +2328,21 @@ class Accounts:
         self._retry_searches = RateLimit(RETRY_SEARCH_INTERVAL)
         self.are_shared = False  # with other daemons: their heads move, and are read each time
 
-    def __getitem__(self, name: str) -> CachedAccount:
-        """An account that refresh() was asked for."""
+    def __len__(self) -> int:
+        return len(self._cache)
+
+    def __getitem__(self, name: str) -> CachedAccount:  # that refresh() was asked for
         return self._cache[name]
 
     def take_back(self, entries: Sequence[Entry]) -> None:
         """Forget what was appended, in this order, and not written."""
         for entry in reversed(entries):
-            if account := self._cache.get(entry.account):
+            if entry.total == entry.recipients:  # it may have begun an epoch
+                self._cache.pop(entry.account, None)
+            elif account := self._cache.get(entry.account):
                 account.take_back(entry)
 
-    def forget_all(self) -> None:
-        """Nothing is known on a new connection."""
+    def forget_all(self) -> None:  # nothing is known on a new connection
         self._cache.clear()
         self._clock.distrust()
 
@@ -2271,17 +2461,97 @@ class Accounts:
         """When the account's total came to this much within the period, in microseconds of the
         account's time. What is not remembered is searched for, but not often, as all others wait
         meanwhile: between two searches it is the time of the newest entry, the latest possible."""
-        account = self._cache[name]
-        window = account.windows[period]
+        account, window = self._cache[name], self._cache[name].windows[period]
         at = window.reached(total)
         if at is None and total <= account.total:
             at = account.at
             if self._retry_searches.allows():
                 start = account.time(now) - period * 1_000_000
                 search = Search(account, period, start, window.gone, account.seq, total)
-                ((_, found),) = self._search([search])
-                at = found[0].at if found else at
+                at = next((e.at for _, found in self._search([search]) for e in found), at)
         return account.time(now) if at is None else at  # None: an entry of this very batch
+
+
+# --- Orders ---------------------------------------------------------------------------------------
+
+BLOCKED = Window(0, 0, rule="blocked", msg="this account may not send, ask your postmaster")
+ORDERS_PAUSE = 60.0  # seconds until locked orders are tried again: meanwhile all others wait
+
+
+class Orders:
+    """The grants and blocks that administrators give by saslquotactl.py, read once a second. They
+    change the windows that a charge must be within.
+
+    grant      while it lasts each window of the account has so much more; then the count begins
+               anew, once, when what was sent on it stands in the way
+    block      the account, or each of a pool, may send nothing
+    """
+
+    def __init__(self, store: Store, retention: int, monotonic: Callable[[], float]) -> None:
+        self._store = store
+        self._events = Events(store)
+        self._retention = retention  # microseconds: for so long a send on a grant may count
+        self._monotonic = monotonic
+        self._orders: dict[str, Order] = {}  # by account
+        self._next_read = -math.inf  # monotonic seconds
+        self._complaints = RateLimit(REMINDER_INTERVAL)
+
+    @property
+    def fresh_until(self) -> float:
+        """In monotonic seconds."""
+        return self._next_read
+
+    def refresh(self, now: int) -> None:
+        """Read them if it is time. Raises StoreError when nothing else can be read, either."""
+        if self._monotonic() < self._next_read:
+            return
+        self._next_read = self._monotonic() + FRESHNESS
+        try:
+            found = self._events.orders(max(0, now - self._retention))
+            self._orders = {order.account: order for order in found}
+        except StoreError as error:
+            self._store.run("SELECT 1")
+            if isinstance(error, Conflict):
+                self._next_read += ORDERS_PAUSE
+            else:
+                self._orders = {}
+            if self._complaints.allows():
+                log.error("orders (table events) cannot be read, counting without them: %s", error)
+
+    def applied_to(self, charge: Charge, now: int) -> Charge:
+        """The charge, its windows changed as is ordered."""
+        if not self._orders:
+            return charge
+        debits = [self._changed(debit, now) for debit in charge.debits]
+        if self._is_blocked(charge.account, now):
+            first = debits[0].windows[0]
+            window = dataclasses.replace(BLOCKED, period=first.period, count=first.count)
+            debits[0] = debits[0]._replace(windows=(window,))
+        return charge._replace(debits=tuple(debits))
+
+    def _changed(self, debit: Debit, now: int) -> Debit:
+        order = self._orders.get(debit.account)
+        if not order or order.kind != "grant" or order.is_over(now):
+            return debit
+        return debit._replace(windows=raised(debit.windows, order.amount or 0))
+
+    def _is_blocked(self, account: str, now: int) -> bool:
+        domain = account.rpartition("@")[2]
+        names = account, f"{POOL_PREFIX}@{domain}", POOL_PREFIX + "*"
+        orders = [self._orders[name] for name in names if name in self._orders]
+        return any(order.kind == "block" and not order.is_over(now) for order in orders)
+
+    def begins_anew(self, account: CachedAccount, now: int) -> bool:
+        """Whether what was sent on a grant that is over may be in the account's windows."""
+        order = self._orders.get(account.name)
+        if not order or order.kind != "grant":
+            return False
+        return order.is_over(now) and order.epoch == account.epoch
+
+
+@functools.lru_cache(CACHED_ACCOUNTS)
+def raised(windows: tuple[Window, ...], amount: int) -> tuple[Window, ...]:
+    return tuple(dataclasses.replace(w, msgquota=w.msgquota + amount) for w in windows)
 
 
 # --- Ledger ---------------------------------------------------------------------------------------
@@ -2289,18 +2559,6 @@ class Accounts:
 COLLISIONS_BEFORE_LOCKING = 3  # in a row; the next try takes locks
 MAX_CONNECTION_FAILURES = 3  # under one batch, then it is given up
 LOCK_CONFIRMATION = 0.1  # seconds after which a locked account is looked at again
-
-
-class Charge(NamedTuple):
-    """A send: a debit of the sender's own account, then those of the pools. All are charged, or
-    none."""
-
-    origin: Origin
-    debits: tuple[Debit, ...]
-
-    @property
-    def account(self) -> str:
-        return self.debits[0].account
 
 
 class Verdict(NamedTuple):
@@ -2313,6 +2571,14 @@ class Verdict(NamedTuple):
     over_quota: bool = False  # refused, unless the window is not enforced
     repeatable_until: float = 0.0  # monotonic seconds; until then a refusal needs no look
     retry_at: float | None = None  # monotonic seconds; when the charge fits, as far as needed
+
+    @property
+    def usage(self) -> str:
+        """In words, for the log."""
+        window = self.window
+        share = 100 * self.used / window.msgquota if window.msgquota else 100
+        quota = f"{self.used}/{window.limit_text} ({share:.2f}%)"
+        return f"rule={window.rule}, quota {quota}, period={window.period}"
 
 
 class Usage(NamedTuple):
@@ -2362,38 +2628,68 @@ class Decision:
     """Decides charges one after the other, upon accounts that are as they were at one moment, and
     gathers the entries of those that are accepted. A pool gets one entry for all of them."""
 
-    def __init__(self, accounts: Accounts, now: Now, monotonic: Callable[[], float]) -> None:
+    def __init__(
+        self, accounts: Accounts, orders: Orders, now: Now, monotonic: Callable[[], float]
+    ) -> None:
         self._accounts = accounts
+        self._orders = orders
         self._now = now
         self._monotonic = monotonic
         self._token = random.getrandbits(63)
         self.appended: list[Entry] = []
+        self._anew: list[str] = []  # accounts that begin an epoch with the charge judged last
         self._pools: dict[str, tuple[int, Origin]] = {}  # recipients, and the first instance
 
     def judge(self, charge: Charge) -> Verdict:
-        usages, over = [], []
+        """Decide a charge; accept() is about the last one that was."""
+        charge = self._orders.applied_to(charge, self._now.clock)
+        usages = self._usages(charge)
+        over = [usage for usage in usages if usage.is_over]
+        self._anew = [u.debit.account for u in over if u.window.enforce and self._begins_anew(u)]
+        if self._anew:
+            renewed = self._usages(charge, self._anew)
+            over = [usage for usage, new in zip(usages, renewed, strict=True) if new.is_over]
+            if any(usage.window.enforce for usage in over):
+                self._anew = []  # for a send that is not accepted nothing begins
+            else:
+                usages, over = renewed, [usage for usage in renewed if usage.is_over]
+        if not over:
+            usage = usages[0] if len(usages) == 1 else max(usages, key=lambda usage: usage.fullness)
+            return Verdict(True, usage.used + usage.debit.recipients, usage.window)
+        return self._judge_excess(over)
+
+    def _usages(self, charge: Charge, anew: Sequence[str] = ()) -> list[Usage]:
+        """What is used of each window; of accounts that begin anew what this batch has accepted."""
+        usages = []
         for debit in charge.debits:
             account = self._accounts[debit.account]
             pending = self._pools[debit.account][0] if debit.account in self._pools else 0
             for window in debit.windows:
                 used = account.used(window.period, self._now)
                 assert used is not None, "refresh() has read what was unknown"
-                usage = Usage(debit, window, used + pending, account.total + pending)
-                usages.append(usage)
-                if usage.is_over:
-                    over.append(usage)
-        if not over:
-            usage = usages[0] if len(usages) == 1 else max(usages, key=lambda usage: usage.fullness)
-            return Verdict(True, usage.used + usage.debit.recipients, usage.window)
-        enforced = [usage for usage in over if usage.window.enforce]
-        usage, retry_at = self._last_to_free(enforced or over)
-        if enforced:
+                if debit.account in anew:
+                    usages.append(Usage(debit, window, pending, pending))
+                else:
+                    usages.append(Usage(debit, window, used + pending, account.total + pending))
+        return usages
+
+    def _begins_anew(self, usage: Usage) -> bool:
+        return self._orders.begins_anew(self._accounts[usage.debit.account], self._now.clock)
+
+    def _judge_excess(self, over: Sequence[Usage]) -> Verdict:
+        """The verdict upon a charge that is over these."""
+        refusing = [usage for usage in over if usage.window.refuses]
+        held = [usage for usage in over if usage.window.enforce]
+        usage, retry_at = self._last_to_free(refusing or held or over)
+        if refusing:
             until = self._refusal_holds_until(usage)
             return Verdict(False, usage.used, usage.window, True, until, retry_at)
         used = usage.used + usage.debit.recipients
         return Verdict(True, used, usage.window, True, retry_at=retry_at)
 
     def accept(self, charge: Charge) -> None:
+        for name in self._anew:
+            self._accounts[name].begin_anew()
         for name, recipients, _ in charge.debits:
             if name.startswith(POOL_PREFIX):
                 so_far, first = self._pools.get(name, (0, Origin(charge.origin.instance)))
@@ -2440,7 +2736,8 @@ class Decision:
         leaves = FRESHNESS
         if rows:
             leaves = (rows[0][0] - account.time(self._now)) / 1e6 + usage.window.period
-        return min(account.read_at + FRESHNESS, self._monotonic() + leaves)
+        known_until = min(account.read_at + FRESHNESS, self._orders.fresh_until)
+        return min(known_until, self._monotonic() + leaves)
 
 
 class Ledger:
@@ -2458,6 +2755,7 @@ class Ledger:
         self._monotonic = monotonic
         self._clock = Clock(store, monotonic)
         self._accounts = Accounts(store, self._clock, monotonic)
+        self._orders = Orders(store, self._retention, monotonic)
         self._purged: PurgeMark = PURGE_START
         self.stopping = False  # no more attempts: set by another thread
 
@@ -2559,11 +2857,16 @@ class Ledger:
     def wait_for_locks(self, wait: bool) -> None:
         self._store.wait_for_locks(wait)
 
+    @property
+    def accounts_remembered(self) -> int:
+        return len(self._accounts)
+
     def _decide(self, batch: Batch) -> None:
         """Find the verdicts, and the entries that make them true."""
         take_locks = batch.collisions >= COLLISIONS_BEFORE_LOCKING
+        self._orders.refresh(self._clock.now().clock)
         now = self._accounts.refresh(batch.debits, take_locks=take_locks)
-        decision = Decision(self._accounts, now, self._monotonic)
+        decision = Decision(self._accounts, self._orders, now, self._monotonic)
         verdicts = []
         try:
             for index, charge in enumerate(batch.charges):
@@ -2578,6 +2881,18 @@ class Ledger:
             self._accounts.take_back(decision.appended)
             raise
         batch.entries, batch.verdicts = decision.entries(), verdicts
+
+    def note_refusals(self, refused: Sequence[Refused], author: str) -> set[str]:
+        """As Events.note_refusals()."""
+        now = self._accounts.read_clock().clock
+        return Events(self._store).note_refusals(refused, now, author)
+
+    def open_if_lost(self) -> None:
+        """Open the store anew if it does not answer. Raises Unavailable."""
+        try:
+            self._store.run("SELECT 1")
+        except StoreError:
+            self.open()
 
     def purge(self) -> bool:
         """Delete some sends older than the retention; False when there are no more, or while the
@@ -2594,6 +2909,110 @@ class Ledger:
             self.open()
             return True
         return self._purged != PURGE_START
+
+
+# --- Incidents ------------------------------------------------------------------------------------
+
+NOTE_INTERVAL = 1.0  # seconds between two notes of what was refused
+COUNT_INTERVAL = 60.0  # seconds after which an incident is counted up
+NOTED_AT_ONCE = 50  # accounts: some milliseconds in which all others wait
+MAX_AUTHOR = 64  # characters; the column's width
+MAX_NOTE = 400  # characters; the column's width
+NOTE_PAUSE = 60.0  # seconds when a lock was met: while it waits, all others do
+
+
+class Tally:
+    """What was refused to one account, or was over a quota that is not enforced."""
+
+    __slots__ = ("_counter", "_noted", "_reads", "last", "next_note_at")
+
+    def __init__(self) -> None:
+        self.last: tuple[Request, Verdict] | None = None
+        self.next_note_at = 0.0  # monotonic seconds
+        self._counter = itertools.count()  # next() is one step: many threads count, without a lock
+        self._reads = 0  # which are counted, too
+        self._noted = 0
+
+    def count(self, request: Request, verdict: Verdict) -> None:
+        self.last = request, verdict
+        next(self._counter)
+
+    def unnoted(self) -> int:
+        self._reads += 1
+        return next(self._counter) - self._reads + 1 - self._noted
+
+    def note(self, number: int, next_note_at: float) -> None:
+        self._noted += number
+        self.next_note_at = next_note_at
+
+
+class Incidents:
+    """Counts what is refused, in any thread, and notes it in the table `events`, in the
+    committer's."""
+
+    def __init__(self) -> None:
+        self._tallies: dict[str, Tally] = {}  # by account
+        self.next_note_at = 0.0  # monotonic seconds
+        self.begun = 0
+        self._host = socket.gethostname()[:MAX_AUTHOR]
+        self._complaints = RateLimit(REMINDER_INTERVAL)
+
+    def count(self, login: str, request: Request, verdict: Verdict) -> None:
+        window = verdict.window
+        is_pool = window.rule == "*" or window.rule.startswith("@")
+        account = POOL_PREFIX + window.rule if is_pool else login
+        tally = self._tallies.get(account)
+        if tally is None:
+            if len(self._tallies) >= CACHED_ACCOUNTS:
+                return
+            tally = self._tallies.setdefault(account, Tally())
+        tally.count(request, verdict)
+
+    def due(self, now: float) -> list[Refused]:
+        """What is to be noted at this time, in monotonic seconds; forgets who has stopped."""
+        found: list[Refused] = []
+        for account, tally in list(self._tallies.items()):
+            if tally.next_note_at > now:
+                continue
+            number = tally.unnoted()
+            if number and tally.last and len(found) < NOTED_AT_ONCE:
+                found.append(Refused(account, number, incident_text(*tally.last)))
+            elif not number:
+                del self._tallies[account]
+        return found
+
+    def note(self, ledger: Ledger) -> None:
+        """Note what is due; what cannot be noted is tried again. Raises Unavailable."""
+        now = time.monotonic()
+        self.next_note_at = now + NOTE_INTERVAL
+        refused = self.due(now)
+        if not refused:
+            return
+        try:
+            begun = ledger.note_refusals(refused, self._host)
+        except StoreError as error:
+            is_locked = isinstance(error, LockTimeout)
+            self.next_note_at += NOTE_PAUSE if is_locked else 0
+            was_other_first = isinstance(error, Conflict) and not is_locked
+            if not was_other_first and self._complaints.allows():
+                log.error("incidents (table events) cannot be noted: %s", error)
+            ledger.open_if_lost()
+            return
+        self.have_noted(refused, now)
+        self.begun += len(begun)
+        for one in refused:
+            if one.account in begun:
+                log.warning("incident: account=%s, %s", log_value(one.account), one.line)
+
+    def have_noted(self, refused: Iterable[Refused], now: float) -> None:
+        for account, number, _ in refused:
+            self._tallies[account].note(number, now + COUNT_INTERVAL)
+
+
+def incident_text(request: Request, verdict: Verdict) -> str:
+    address, sender = map(log_value, (request.client_address, request.sender))
+    text = f"{verdict.usage}, client_address={address}, sender={sender}"
+    return valid_utf8(UNPRINTABLE.sub("?", text))[:MAX_NOTE]
 
 
 # --- Committer ------------------------------------------------------------------------------------
@@ -2671,6 +3090,7 @@ class Outage:
 
     def __init__(self, consequence: str) -> None:
         self.lasts = False
+        self.began_at = 0.0  # Unix time, while it lasts
         self.retry_at = 0.0  # monotonic seconds
         self._is_final = False
         self.consequence = consequence  # for the log: what senders get
@@ -2682,6 +3102,8 @@ class Outage:
     def begin(self, error: StoreError, *, is_cause: bool = True) -> None:
         """The store has failed; what is known to be the cause is logged once more."""
         with self._lock:
+            if not self.lasts:
+                self.began_at = time.time()
             self.lasts = True
             self.retry_at = time.monotonic() + RECONNECT_INTERVAL
             self._reason = str(error)
@@ -2711,6 +3133,10 @@ class Outage:
         """The daemon ends: from now on there is the fallback only, and nothing to log."""
         with self._lock:
             self.lasts = self._is_final = True
+
+    def status(self) -> dict[str, object]:
+        since = round(self.began_at) if self.lasts else ""
+        return {"store": "down" if self.lasts else "up", "down_since": since}
 
     def end(self) -> None:
         """A charge has been accepted, and written."""
@@ -2805,7 +3231,8 @@ class Committer(threading.Thread):
     gathering  taking what is in the queue                charging; the fallback in an outage
     charging   in the ledger, the only state that may     idle; a StoreError begins an outage
                take long
-    chore      purging a bite, or reconnecting            idle
+    chore      noting incidents, purging a bite, or       idle
+               reconnecting
 
     Other threads only submit(), which uses the queue, the watchdog, and what Outage and Refusals
     say; and the main thread ends it.
@@ -2821,6 +3248,7 @@ class Committer(threading.Thread):
         self._queue: queue.SimpleQueue[PendingCharge | None] = queue.SimpleQueue()
         self._locked_accounts = LockedAccounts(ledger, outage.consequence)
         self._next_purge_at = 0.0  # monotonic seconds
+        self.incidents = Incidents()
         self._bugs = RateLimit(1.0)
         self._stopping = False
 
@@ -2847,6 +3275,10 @@ class Committer(threading.Thread):
         self._queue.put(pending)
         return pending
 
+    def status(self) -> dict[str, object]:
+        found = {"accounts_remembered": self._ledger.accounts_remembered}
+        return {**self._outage.status(), **found, "incidents": self.incidents.begun}
+
     def give_up(self) -> None:
         """Let everybody who still waits have the fallback, within WATCH_INTERVAL."""
         self._ledger.stopping = True
@@ -2865,7 +3297,7 @@ class Committer(threading.Thread):
             batch = self._gather()
             try:
                 self._charge_batch(batch)
-                self._purge_or_reconnect()
+                self._do_chore()
             except StoreError as error:
                 self._outage.begin(error)
             except Exception:  # no bug may end the thread that all wait for
@@ -2933,12 +3365,14 @@ class Committer(threading.Thread):
                 free.append(pending)
         return free
 
-    def _purge_or_reconnect(self) -> None:
-        """Do the chore that is due, if any. Raises Unavailable."""
+    def _do_chore(self) -> None:
+        """Do the one that is due, if any. Raises Unavailable."""
         now = time.monotonic()
         if self._outage.lasts:
             if now >= self._outage.retry_at and not self._ledger.stopping:
                 self._reconnect()
+        elif now >= self.incidents.next_note_at:
+            self.incidents.note(self._ledger)
         elif now >= self._next_purge_at:
             self._next_purge_at = now + PURGE_PUT_OFF
             try:
@@ -2962,6 +3396,10 @@ class Committer(threading.Thread):
 # --- Policy ---------------------------------------------------------------------------------------
 
 MAX_INSTANCE = 64  # characters; the column's width
+NO_LOGIN = "no sasl_username"
+OUTCOMES = (  # of a request
+    *("accepted", "refused", "held", "not_enforced", "fallback", "no_login", "uncounted"),
+)
 
 
 class Answer(NamedTuple):
@@ -2972,6 +3410,19 @@ class Answer(NamedTuple):
     verdict: Verdict | None = None
     reason: str = ""  # why nothing was counted
     msg: str = ""  # of the window that the charge is over
+    login: str = ""  # the account that is over it, unless that is a pool's
+
+    @property
+    def outcome(self) -> str:
+        """One of OUTCOMES."""
+        if not self.verdict:
+            no_login = "no_login" if self.reason == NO_LOGIN else "uncounted"
+            return "fallback" if self.rule else no_login
+        if not self.verdict.over_quota:
+            return "accepted"
+        if not self.verdict.accepted:
+            return "refused"
+        return "held" if self.verdict.window.enforce else "not_enforced"
 
 
 class Message:
@@ -3027,6 +3478,13 @@ class Policy:
             "mail passes uncounted" if passes else f'senders get "450 {self.UNAVAILABLE}"'
         )
 
+    def status(self) -> dict[str, object]:
+        rules = self._rules
+        return {
+            "rules_read_at": round(rules.read_at),
+            "rules_valid": "yes" if rules.is_valid else "no",
+        }
+
     def charge(self, request: Request, message: Message) -> Charge | Answer:
         """What is to be charged for a request; or the answer, if nothing is. `message` is what the
         connection remembers."""
@@ -3063,7 +3521,7 @@ class Policy:
         if request.protocol_state not in self.COUNTED:
             return Answer("DUNNO", reason=f"asked at {request.protocol_state}")
         if not login:
-            return Answer(self._nosasl, reason="no sasl_username")
+            return Answer(self._nosasl, reason=NO_LOGIN)
         if len(login) > MAX_ACCOUNT:
             return Answer("REJECT login name too long", reason="sasl_username is too long")
         return None
@@ -3076,8 +3534,8 @@ class Policy:
         if not verdict.over_quota:
             return Answer(self._accept, rule, verdict)
         msg = refusal_text(message.login, verdict, recipients_of(request))
-        action = self._accept if verdict.accepted else f"{verdict.window.action} {msg}"
-        return Answer(action, rule, verdict, msg=msg)
+        action = f"{verdict.window.action} {msg}" if verdict.window.enforce else self._accept
+        return Answer(action, rule, verdict, msg=msg, login=message.login)
 
 
 def packed_address(text: str) -> bytes:
@@ -3112,11 +3570,6 @@ def refusal_text(login: str, verdict: Verdict, recipients: int) -> str:
     return window.msg.format_map(values)
 
 
-def valid_utf8(value: str) -> str:
-    """The value as UTF-8 that every database takes: bytes that were not UTF-8 are spelled out."""
-    return value.encode("utf-8", "backslashreplace").decode()
-
-
 # --- Server ---------------------------------------------------------------------------------------
 
 RECV_BYTES = 4096  # at a time; each waiting connection has that much at hand
@@ -3124,6 +3577,7 @@ FIRST_REQUEST = 3600.0  # seconds after the start in which Postfix should have a
 SETTLING = 3.0  # seconds in which Postfix gets from HELO to where a request is counted
 MOMENT = 1.0  # seconds in which Postfix asks twice, if it does
 REPLY_CHECK = 1.0  # seconds of silence until a connection looks whether its reply was taken
+DECISION_SECONDS = (0.001, 0.005, 0.025, 0.1, 1.0)  # a histogram's bounds
 SILENCE = 0.25  # seconds; Postfix connects to ask, and does so within milliseconds
 
 
@@ -3137,14 +3591,16 @@ class SetupHints:
         self._asked_at = self._counted_at = self._misplaced_at = -math.inf
         self._asked: tuple[str, str, str] | None = None  # the last that was accepted
         self._misplaced = ""  # what was asked where nothing can be counted, until it is judged
-        self._was_asked = self._was_asked_twice = False
+        self._was_asked_twice = self._is_late_told = False
+        self.first_request_at = self.last_request_at = 0.0  # Unix time; 0 if there was none
         self._warnings = RateLimit(REMINDER_INTERVAL)
 
     def note(self, request: Request, answer: Answer, last: Request | None) -> None:
         """A request has been answered; `last` is the one that was accepted before it on its
         connection."""
-        if not self._was_asked:
-            self._was_asked = True
+        self.last_request_at = time.time()
+        if not self.first_request_at:
+            self.first_request_at = self.last_request_at
             text = "first request from Postfix: %s, submission login %s"
             log.info(text, request.protocol_state, request.sasl_username or "(none)")
         if answer.verdict:
@@ -3168,8 +3624,9 @@ class SetupHints:
     def remind(self) -> None:
         """Say what has not come. To be called every second or so."""
         now = self._monotonic()
-        if not self._was_asked and now - self._started >= FIRST_REQUEST:
-            self._was_asked = True
+        was_asked = self.first_request_at or self._is_late_told
+        if not was_asked and now - self._started >= FIRST_REQUEST:
+            self._is_late_told = True
             log.warning("no request yet: does Postfix ask? see docs/install.md")
         if self._misplaced and now - self._misplaced_at >= SETTLING:
             is_counted = now - self._counted_at <= REMINDER_INTERVAL
@@ -3181,6 +3638,42 @@ class SetupHints:
 def identity(request: Request) -> tuple[str, str, str]:
     """What only one request of a message has."""
     return request.instance, request.recipient, request.protocol_state
+
+
+class Counters:
+    """What a connection has been answered: one reply at a time, so this needs no lock."""
+
+    __slots__ = ("outcomes", "recipients", "seconds", "took")
+
+    def __init__(self) -> None:
+        self.outcomes = dict.fromkeys(OUTCOMES, 0)
+        self.recipients = 0  # accepted
+        self.seconds = 0.0  # from request to reply, in all
+        self.took = [0] * (len(DECISION_SECONDS) + 1)  # how many up to each, and longer
+
+    def count(self, request: Request, answer: Answer, seconds: float) -> None:
+        self.outcomes[answer.outcome] += 1
+        if answer.verdict and answer.verdict.accepted:
+            self.recipients += recipients_of(request)
+        self.seconds += seconds
+        self.took[bisect.bisect_left(DECISION_SECONDS, seconds)] += 1
+
+    def add(self, other: Counters) -> None:
+        for outcome, number in other.outcomes.items():
+            self.outcomes[outcome] += number
+        self.recipients += other.recipients
+        self.seconds += other.seconds
+        self.took = [mine + more for mine, more in zip(self.took, other.took, strict=True)]
+
+    def status(self) -> dict[str, object]:
+        bounds = [*map("{:g}".format, DECISION_SECONDS), "inf"]
+        sums = itertools.accumulate(self.took)
+        return {
+            **{f"requests_{outcome}": number for outcome, number in self.outcomes.items()},
+            "recipients": self.recipients,
+            **{f"decision_seconds_le_{b}": n for b, n in zip(bounds, sums, strict=True)},
+            "decision_seconds_sum": f"{self.seconds:.6f}",
+        }
 
 
 class PolicyHandler(socketserver.BaseRequestHandler):
@@ -3208,7 +3701,7 @@ class PolicyHandler(socketserver.BaseRequestHandler):
 
     def setup(self) -> None:
         self.number = next(self.numbers)
-        self._started = self._last_used = time.monotonic()
+        self._started = self._last_used = self._asked_at = time.monotonic()
         self._deadline: float | None = self._started + self.server.client_timeout
         self._message = Message()
         self._last_accepted: Request | None = None
@@ -3217,8 +3710,8 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         self._unsent = b""
         self._bug: Exception | None = None  # met in another thread
         self._recv_timeout = 0.0  # seconds, 0 for ever
-        self.between_requests = True
-        self.has_asked = False
+        self.between_requests, self.has_asked = True, False
+        self.counters = Counters()
         self.request.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._set_timeout(socket.SO_SNDTIMEO, self.server.client_timeout)
         self.server.handlers.add(self)
@@ -3232,12 +3725,11 @@ class PolicyHandler(socketserver.BaseRequestHandler):
                 log.warning("[%d] malformed input, connection closed: %s", self.number, error)
             self._await_reply()
         except (TimeoutError, BlockingIOError):
-            log.info(
+            text = (
                 "[%d] connection closed: no complete request, or reply not taken,"
-                " within _bindtimeout (%d s)",
-                self.number,
-                self.server.client_timeout,
+                " within _bindtimeout (%d s)"
             )
+            log.info(text, self.number, self.server.client_timeout)
         except OSError as error:
             log.info("[%d] connection lost: %s", self.number, error.strerror)
 
@@ -3245,7 +3737,7 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         if self._pending and not self._pending.give_up():
             with self._replying:  # or the reply would go to whatever gets this descriptor next
                 pass
-        self.server.handlers.discard(self)
+        self.server.forget(self)
         log.debug("[%d] thread stopped : (%.4f)", self.number, time.monotonic() - self._started)
 
     def _read_requests(self) -> None:
@@ -3259,7 +3751,11 @@ class PolicyHandler(socketserver.BaseRequestHandler):
 
     def _submit(self, request: Request) -> None:
         self._replying.acquire()
-        self._pending = None
+        self._asked_at, self._pending = time.monotonic(), None
+        if request.is_status:
+            self._send(self.server.status())
+            self._replying.release()
+            return
         charge = self.server.policy.charge(request, self._message)
         if isinstance(charge, Answer):
             self._reply(request, charge)
@@ -3268,8 +3764,7 @@ class PolicyHandler(socketserver.BaseRequestHandler):
             self._pending = self.server.committer.submit(charge, decided)
 
     def _await_reply(self) -> None:
-        """Wait until the last request is answered, and the reply taken. Raises OSError, or what has
-        gone wrong in another thread."""
+        """Wait until the last reply was taken. Raises OSError, or what another thread has met."""
         with self._replying:
             self._pending = None
         if self._bug:
@@ -3323,13 +3818,16 @@ class PolicyHandler(socketserver.BaseRequestHandler):
 
     def _reply(self, request: Request, answer: Answer) -> None:
         """Send the reply, as far as the client takes it at once; then log it."""
-        reply = format_reply(answer.action)
-        self._unsent = reply[send_at_once(self.request, reply) :]
+        self._send(format_reply(answer.action))
+        self.counters.count(request, answer, self._last_used - self._asked_at)
         self.server.log_decision(self.number, request, answer, self._last_accepted)
         self._last_accepted = request if answer.verdict and answer.verdict.accepted else None
+        self._replying.release()
+
+    def _send(self, reply: bytes) -> None:
+        self._unsent = reply[send_at_once(self.request, reply) :]
         self.has_asked = True
         self._last_used = time.monotonic()
-        self._replying.release()
 
     def hang_up(self, how: int) -> None:
         with contextlib.suppress(OSError):
@@ -3355,12 +3853,11 @@ def verdict_line(request: Request, answer: Answer) -> str:
     verdict, msg = answer.verdict, ""
     counted = f"not counted ({answer.reason}), action={answer.action}"
     if verdict:
-        used, window = verdict.used, verdict.window
-        share = 100 * used / window.msgquota if window.msgquota else 100
-        counted = f"rule={window.rule}, quota {used}/{window.limit_text} ({share:.2f}%),"
-        action = window.action if verdict.over_quota else "ACCEPT"
-        counted += f" period={window.period}, action={action}"
-        counted += " (not enforced)" if verdict.over_quota and verdict.accepted else ""
+        counted = (
+            f"{verdict.usage}, action={verdict.window.action if verdict.over_quota else 'ACCEPT'}"
+        )
+        is_trial = verdict.over_quota and not verdict.window.enforce
+        counted += " (not enforced)" if is_trial else ""
         msg = f", msg={answer.msg}" if verdict.over_quota else ""
     recipients = f", recipients={recipients_of(request)}" if request.is_whole_message else ""
     login, rcpt, sender = map(log_value, (request.sasl_username, request.recipient, request.sender))
@@ -3384,7 +3881,11 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.committer = committer
         self.client_timeout = config.bindtimeout  # seconds
         self.handlers: set[PolicyHandler] = set()
+        self._ended = Counters()  # of connections that have ended
+        self._ending = threading.Lock()
+        self._started = time.monotonic()
         self.log_verdict: Callable[[int, str], None] = log.log
+        self.log_lines_lost: Callable[[], int] = int
         self.hints = SetupHints()
         self._refused_warning = RateLimit(1.0)
         self._allow = config.allow
@@ -3422,8 +3923,10 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             if answer.rule:
                 log.debug("[%d] quota rule selected: (%s)", number, answer.rule.key)
             log.debug("thread count: %d", len(self.handlers) + 1)
-        if answer.verdict:
-            level = logging.WARNING if answer.verdict.over_quota else logging.INFO
+        if verdict := answer.verdict:
+            level = logging.WARNING if verdict.over_quota else logging.INFO
+            if verdict.over_quota and verdict.window.notifies:
+                self.committer.incidents.count(answer.login, request, verdict)
         elif answer.action != "DUNNO":
             level = logging.WARNING
         else:
@@ -3431,6 +3934,34 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.hints.note(request, answer, last)
         if log.isEnabledFor(level):
             self.log_verdict(level, f"[{number}] {verdict_line(request, answer)}")
+
+    def forget(self, handler: PolicyHandler) -> None:
+        """A connection has ended."""
+        with self._ending:
+            self.handlers.discard(handler)
+            self._ended.add(handler.counters)
+
+    def status(self) -> bytes:
+        """The reply to request=status: name=value lines, closed by an empty one. Times are Unix
+        times, or empty; requests are counted since the start."""
+        with self._ending:
+            counters = Counters()
+            counters.add(self._ended)
+            for handler in list(self.handlers):
+                counters.add(handler.counters)
+        first, last = self.hints.first_request_at, self.hints.last_request_at
+        values: dict[str, object] = {
+            "version": __version__,
+            "uptime": int(time.monotonic() - self._started),
+            **self.committer.status(),
+            "connections": len(self.handlers),
+            **counters.status(),
+            "first_request_at": round(first) or "",
+            "last_request_at": round(last) or "",
+            **self.policy.status(),
+            "log_lines_lost": self.log_lines_lost(),
+        }
+        return "".join(f"{name}={value}\n" for name, value in values.items()).encode() + b"\n"
 
     def get_request(self) -> tuple[Any, Any]:
         try:
@@ -3636,6 +4167,10 @@ def check_rules(config: Config) -> Iterator[str]:
     for rule in rules:
         if doubt := key_doubt(rule.key, config.defaultdomain):
             yield f"{path}: warning: {quoted(rule.key)} {doubt}"
+    endless = [rule.key for rule in rules if holds_without_end(rule)]
+    if endless:
+        why = "HOLD, and no other window refuses: the hold queue grows without end"
+        yield f"{path}: warning: {some(endless)}: {why}"
     coded = [rule.key for rule in rules if any(SMTP_CODE.match(w.msg) for w in rule.windows)]
     if coded:
         yield f"{path}: warning: msg of {some(coded)}: leave out the SMTP code, Postfix adds it"
@@ -3660,6 +4195,13 @@ def key_doubt(key: str, defaultdomain: str) -> str:
         whole = quoted(f"{key}@{defaultdomain}")
         return f"selects no login without a domain: with _defaultdomain that is {whole}"
     return ""
+
+
+def holds_without_end(rule: Rule) -> bool:
+    """Whether nothing bounds what it puts into the hold queue."""
+    holding = [window for window in rule.windows if window.enforce and window.action == "HOLD"]
+    bounded = any(window.refuses and window.msgquota < math.inf for window in rule.windows)
+    return any(window.msgquota < math.inf for window in holding) and not bounded
 
 
 def some(keys: Sequence[str]) -> str:
@@ -3784,6 +4326,7 @@ def run_daemon(config: Config) -> int:
     for risk in risks(config):
         log.warning("%s", risk)
     server.log_verdict = writer.write
+    server.log_lines_lost = lambda: writer.lost
     committer.start()
     threading.Thread(target=server.serve_forever, args=[0.1], daemon=True).start()
     threading.Thread(target=rules.watch, name="rules", daemon=True).start()

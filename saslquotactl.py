@@ -19,39 +19,57 @@ DIAGNOSTICS
 HOW IT WORKS
     A command is a function that gets a Session: settings, rules and store, each opened when it is
     first used. It computes rows, and prints them by Session.show(). Sections use only those above
-    them; the commands come in the order of --help.
+    them; the commands come in the order of --help. The commands of saslquotabacktest.py and
+    saslquotadoctor.py, beside this script, use its frame and are its own to whoever types them.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
 import contextlib
 import dataclasses
+import difflib
 import functools
-import itertools
+import ipaddress
 import json
 import math
-import operator
 import os
+import random
+import re
+import shlex
 import socket
 import subprocess
 import sys
+import threading
 import time
 import unicodedata
-from array import array
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 import saslquota
-from saslquota import POOL_PREFIX, Config, Rule, Rules, SaslQuotaError, SQLiteStore, Store, Window
+from saslquota import (
+    BLOCKED,
+    POOL_PREFIX,
+    Accounts,
+    Config,
+    Debit,
+    Now,
+    Orders,
+    Rules,
+    SaslQuotaError,
+    SQLiteStore,
+    Store,
+    StoreError,
+    Value,
+)
 
 STATEMENT_TIMEOUT = 60  # seconds; a table of a month is read in less
+PATIENCE = 20.0  # seconds that others are waited for who write at the same moment
 OK, WARNING, FAILED = 0, 1, 2  # exit statuses, as Nagios has them
 RAW = argparse.RawDescriptionHelpFormatter
+
 
 Item = TypeVar("Item")
 
@@ -114,7 +132,7 @@ def format_moment(at: int | None, now: int) -> str:
 
 
 def json_time(microseconds: int) -> str:
-    """UTC, from microseconds since 1970."""
+    """A time since 1970 for --json."""
     return datetime.fromtimestamp(microseconds / 1e6, UTC).isoformat(timespec="seconds")
 
 
@@ -159,6 +177,7 @@ class Session:
             path = config.beside(config.sqlitefile)
             if not path.exists():
                 raise ControlError(f"{path}: does not exist: the daemon makes it at its start")
+            store.statement_timeout = PATIENCE
             user = saslquota.daemon_user(config, "")  # files that root makes it could not write
         with saslquota.rights_of(user) if user else contextlib.nullcontext():
             store.open()
@@ -189,6 +208,12 @@ def as_json(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=True)
 
 
+def explained(error: SaslQuotaError, session: Session | None) -> str:
+    """An error, and if it is one of MySQL's what to do about it."""
+    is_mysql = session and isinstance(error, StoreError) and error.__cause__
+    return saslquota.with_remedy(error, session.config) if session and is_mysql else str(error)
+
+
 def ask_daemon(config: Config, timeout: float = 5.0) -> dict[str, str]:
     """What the daemon says of itself (request=status). Raises ControlError."""
     where = saslquota.address_of(config)
@@ -215,6 +240,519 @@ def ask_daemon(config: Config, timeout: float = 5.0) -> dict[str, str]:
         raise ControlError(f"the daemon at {where} does not know request=status: it is too old")
     pairs = (line.partition("=") for line in reply.decode().splitlines() if line)
     return {name: value for name, _, value in pairs}
+
+
+Command = Callable[[Session, argparse.Namespace], int]  # returns the exit status
+
+
+# --- Look -----------------------------------------------------------------------------------------
+
+NEAR = 80  # percent of a limit
+HOUR = 3600 * 1_000_000  # microseconds
+LOT = 200  # accounts that MySQL is asked about in one statement
+TIMES = ("at", "until", "last", "told")  # of an event; as all of a row, microseconds since 1970
+EVENT = ("account", "number", "kind", "author", "note", "amount", "epoch", *TIMES)
+ORDERS = ("grant", "block", "unblock")
+NO_POOL = f"SUBSTR(account, 1, {len(POOL_PREFIX)}) <> '{POOL_PREFIX}'"
+ADDRESS = "CASE WHEN LENGTH(client_address) > 0 THEN client_address END"  # NULL: not known
+saslquota.RETRY_SEARCH_INTERVAL = 0.0  # nobody waits while it is searched when a mail fits
+Row = dict[str, Any]
+Debits = tuple[Debit, ...]
+
+
+@contextlib.contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Say on a terminal what takes longer than 2 s."""
+    timer = threading.Timer(2, print, [f"{what} ..."], {"file": sys.stderr})
+    if sys.stderr.isatty():
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def spelled(account: str) -> str:
+    """An account as commands take it."""
+    return account.removeprefix(POOL_PREFIX)
+
+
+def plain(name: str, value: Any) -> Any:
+    """A value of a row for --json."""
+    if name == "account":
+        return spelled(value)
+    is_time = name in (*TIMES, "first") or name.endswith(("_at", "_since"))
+    return json_time(value) if is_time and value else value
+
+
+def present(session: Session, rows: Iterable[Row], lines: Iterable[str]) -> None:
+    """Session.show() of rows as they are computed."""
+    found = ({name: plain(name, value) for name, value in row.items()} for row in rows)
+    session.show(found, map(clean, lines))
+
+
+def complain(store: Store, account: str, reason: str) -> int:
+    """Say why there is nothing to show or to do."""
+    text = f"{spelled(account)}: {reason}{similar(store, account)}"
+    print(f"saslquotactl: {clean(text)}", file=sys.stderr)
+    return WARNING
+
+
+def similar(store: Store, account: str) -> str:
+    """If an account has never sent: which others of its domain or local part have."""
+    known = [name for (name,) in store.run("SELECT DISTINCT account FROM sends")]
+    local, _, domain = account.rpartition("@")
+    parts = [(name.rpartition("@"), name) for name in known]
+    by_local = {its: name for (its, _, its_domain), name in parts if its_domain == domain}
+    by_domain = {its: name for (its_local, _, its), name in parts if its_local == local}
+    names = [by_local[its] for its in difflib.get_close_matches(local, by_local, 3)]
+    names += [by_domain[its] for its in difflib.get_close_matches(domain, by_domain, 3)]
+    names = [] if account in names else names[:3]
+    return f"; known: {', '.join(map(spelled, names))}" if names else ""
+
+
+def read_events(store: Store, which: str, values: Sequence[Value] = ()) -> list[Row]:
+    """The newest of an account first; TIME in `which` stands for a value."""
+    columns = [store.TIME.format(name) if name in TIMES else name for name in EVENT]
+    which = which.replace("TIME", store.BIND_TIME)
+    sql = f"SELECT {', '.join(columns)} FROM events WHERE {which} ORDER BY number DESC, account"
+    return [dict(zip(EVENT, row, strict=True)) for row in store.run(sql, values)]
+
+
+def is_in_force(order: Row | None, kind: str, now: int) -> bool:
+    return order is not None and order["kind"] == kind and (order["until"] or math.inf) > now
+
+
+def describe_event(event: Row, now: int) -> str:
+    """As in "grant +2000 until 23:00:00, by root: summer sale"."""
+    amount = {"grant": f" +{event['amount']}", "refused": f" {event['amount']}"}
+    until = f" until {format_moment(event['until'], now)}" if event["until"] else ""
+    by = f", by {event['author']}{': ' if event['note'] else ''}{event['note']}"
+    return f"{event['kind']}{amount.get(event['kind'], '')}{until}{by}"
+
+
+def debits_of(rules: Rules, account: str) -> Debits:
+    """What a mail of one recipient costs: the account itself first, then the pools above it."""
+    key = spelled(account)
+    pools = [Debit(POOL_PREFIX + rule.key, 1, rule.windows) for rule in rules.pools(key)]
+    if key != account:
+        return tuple(debit for debit in pools if debit.account == account)
+    return Debit(account, 1, rules.select(account).windows), *pools
+
+
+def measure(session: Session, charges: Sequence[Debits]) -> list[list[Row]]:
+    """What is used of each window of each charge: as the ledger counts, and its orders are."""
+    store, uses = session.store, []
+    saslquota.Events(store).orders(0)  # fails where there is no such table
+    orders = saslquota.Orders(store, session.config.retentiondays * 24 * HOUR, time.monotonic)
+    for lot in (charges[begin : begin + LOT] for begin in range(0, len(charges), LOT)):
+        accounts = Accounts(store, saslquota.Clock(store, time.monotonic), time.monotonic)
+        now = accounts.refresh([debit for debits in lot for debit in debits], take_locks=False)
+        orders.refresh(now.clock)
+        for debits in lot:
+            charge = orders.applied_to(saslquota.Charge(saslquota.Origin(""), debits), now.clock)
+            uses.append([u for d in charge.debits for u in uses_of(accounts, orders, d, now)])
+    return uses
+
+
+USE = *("account", "rule", "period", "used", "limit", "percent"), "action", "blocked", "fits_at"
+
+
+def uses_of(accounts: Accounts, orders: Orders, debit: Debit, now: Now) -> Iterator[Row]:
+    """`fits_at` is when a mail of one recipient is within the window, None: never."""
+    account = accounts[debit.account]
+    found = [(window, account.used(window.period, now) or 0) for window in debit.windows]
+    is_over = any(used >= window.msgquota for window, used in found if window.enforce)
+    if is_over and orders.begins_anew(account, now.clock):
+        found = [(window, 0) for window, _ in found]
+    for window, used in found:
+        limit, action = window.msgquota, window.action if window.enforce else "none"
+        percent, is_blocked = round(100 * used / (limit or 1)), window.msg == BLOCKED.msg
+        fits_at = now.clock if used < limit else None
+        if used >= limit > 0:
+            total = account.total + 1 - int(limit)
+            at = accounts.when_total_reached(account.name, window.period, total, now)
+            fits_at = now.clock + at + window.period * 1_000_000 + 1 - account.time(now)
+        row = account.name, window.rule, window.period, used, None if limit == math.inf else limit
+        yield dict(zip(USE, (*row, percent, action, is_blocked, fits_at), strict=True))
+
+
+def describe_use(use: Row) -> str:
+    if use["blocked"]:
+        return "blocked"
+    limit = "unlimited" if use["limit"] is None else use["limit"]
+    kind = "pool" if use["account"].startswith(POOL_PREFIX) else "rule"
+    rule = f"{kind} {use['rule']}{', not enforced' if use['action'] == 'none' else ''}"
+    return f"{use['used']}/{limit} in {saslquota.format_time(use['period'])}, {rule}"
+
+
+def describe_fullness(use: Row, now: int) -> str:
+    """As in "1490/400 in 1h, rule default (373%): refused until 13:52:01"."""
+    at, text = use["fits_at"], describe_use(use)
+    text += "" if use["blocked"] else f" ({use['percent']}%)"
+    if use["blocked"] or use["action"] == "none" or (at is not None and at <= now):
+        return text
+    verdict = "held" if use["action"] == "HOLD" else "refused"
+    return f"{text}: {verdict}{' until ' if at else ''}{format_moment(at, now)}"
+
+
+def tally(store: Store, key: str, which: str, values: Sequence[Value]) -> list[Row]:
+    """What was sent by each value of a column, the most first; TIME in `which` is a value."""
+    first, last = (store.TIME.format(f"{name}(at)") for name in ("MIN", "MAX"))
+    sql = (
+        f"SELECT {key}, CAST(SUM(recipients) AS SIGNED), COUNT(DISTINCT {ADDRESS}), {first}, {last}"
+        f" FROM sends WHERE {which.replace('TIME', store.BIND_TIME)} AND recipients > 0"
+        f" GROUP BY {key}"
+    )
+    names = key, "sent", "addresses", "first", "last"
+    with waiting("reading the sends"):
+        rows = [dict(zip(names, row, strict=True)) for row in store.run(sql, values)]
+    return sorted(rows, key=lambda row: (-row["sent"], -row["last"]))
+
+
+def fullest(uses: Iterable[Row]) -> Row:
+    """The window nearest its limit; empty if there is none."""
+    return max(uses, key=lambda use: (use["blocked"], use["percent"]), default={})
+
+
+def top(session: Session, arguments: argparse.Namespace) -> int:
+    since, now = session.now - arguments.PERIOD * 1_000_000, session.now
+    rows = tally(session.store, "account", f"at >= TIME AND {NO_POOL}", [since])
+    if arguments.addresses:
+        rows.sort(key=lambda row: -row["addresses"])
+    rows = rows[: arguments.LINES]
+    uses = measure(session, [debits_of(session.rules, row["account"]) for row in rows])
+    cells = []
+    for row, mine in zip(rows, uses, strict=True):
+        use = fullest(mine)
+        last = format_moment(row["last"], now)
+        cells.append([row["sent"], row["addresses"], describe_use(use), last, row["account"]])
+        row |= {"login": row["account"], **use}
+    heading = "SENT", "ADDRESSES", "QUOTA", "LAST", "LOGIN"
+    nobody = [f"nobody has sent anything in the last {saslquota.format_time(arguments.PERIOD)}"]
+    present(session, rows, table(cells, heading) or nobody)
+    return OK if rows else WARNING
+
+
+def sends_of(store: Store, account: str, start: int) -> tuple[list[Row], list[Row]]:
+    """What an account has sent since then: by sender (in a pool by login), and by address. An
+    address is "new" when it never sent before; None in a pool, or when none is known from then."""
+    name, key, which = spelled(account), "sender", "account = ?"
+    if name == "*":
+        name, key, which = account, "account", f"account <> ? AND {NO_POOL}"
+    elif name != account:
+        key, which = "account", f"SUBSTR(account, {-len(name)}) = ? AND {NO_POOL}"
+    senders = tally(store, key, f"{which} AND at >= TIME", [name, start])
+    addresses = tally(store, "client_address", f"{which} AND at >= TIME", [name, start])
+    known = set()
+    if key == "sender":
+        before = tally(store, "client_address", f"{which} AND at < TIME", [name, start])
+        known = {row["client_address"] for row in before if row["client_address"]}
+    for row in senders:
+        row["sender"] = row.pop(key) or account
+    for row in (addresses := [row for row in addresses if row["client_address"]]):
+        packed = row["client_address"]
+        row["new"] = packed not in known if known else None
+        row["client_address"] = str(ipaddress.ip_address(bytes(packed)))
+    return senders, addresses
+
+
+def show(session: Session, arguments: argparse.Namespace) -> int:
+    account, store, most = session.account(arguments.LOGIN), session.store, arguments.LINES
+    events = read_events(store, "account = ?", [account])[:most]
+    if not events and not store.newest_entries({account: 1}, take_locks=False):
+        return complain(store, account, "has never sent anything")
+    debits = debits_of(session.rules, account)
+    uses, now = measure(session, [debits])[0] if debits else [], store.now()
+    start = now - arguments.PERIOD * 1_000_000
+    senders, addresses = sends_of(store, account, start)
+    new, sent = [row["new"] for row in addresses], sum(row["sent"] for row in senders)
+    seen = "none known from before" if None in new else f"{sum(new)} of them never seen before"
+    is_shown = new and account == spelled(account)
+    many = f"as {len(senders)} sender{'s' * (len(senders) != 1)}, from {len(addresses)} address"
+    many += f"{'es' * (len(addresses) != 1)}{f', {seen}' if is_shown else ''}"
+    lines = [f"{spelled(account)}:", *(f"  {describe_fullness(use, now)}" for use in uses)]
+    lines.append(f"sent since {format_moment(start, now)}: {sent}{f', {many}' if sent else ''}")
+    for rows, name in ((senders, "sender"), (addresses, "client_address")):
+        cells = []
+        for row in rows[:most]:
+            times = [format_moment(row[time], now) for time in ("first", "last")]
+            cells.append([row["sent"], *times, row[name], "new" if row.get("new") else ""])
+        lines += ["", *(f"  {line}" for line in table(cells))] if cells else []
+    lines += [""] if events else []
+    lines += [f"{format_moment(e['at'], now)}  {describe_event(e, now)}" for e in events]
+    kinds = {"window": uses, "sender": senders[:most], "address": addresses[:most], "event": events}
+    present(session, ({"what": w, **row} for w, rows in kinds.items() for row in rows), lines)
+    return OK
+
+
+Part = tuple[int, Sequence[str], Sequence[Row]]  # of `status`: an exit status, lines, rows
+
+
+def daemon_part(session: Session) -> Part:
+    """What the daemon says of itself; an older or a newer one may leave out some of it."""
+    where, began = saslquota.address_of(session.config), time.monotonic()
+    try:
+        reply = ask_daemon(session.config)
+    except ControlError as error:
+        text = str(error).removeprefix("the daemon at ")
+        return FAILED, [f"daemon   {text}"], [{"what": "daemon", "error": text}]
+    took = round(1000 * (time.monotonic() - began), 1)
+    row: Row = {name: int(value) if value.isdecimal() else value for name, value in reply.items()}
+    for name in row:
+        if name.endswith(("_at", "_since")):
+            row[name] = row[name] * 1_000_000 if row[name] else None
+    up, last = row.get("uptime", 0), row.get("last_request_at", 0)
+    texts = {"version": "saslquota {}", "store": "store {}", "connections": "{} connections"}
+    said = [text.format(row[name]) for name, text in texts.items() if name in row]
+    asked = {n[9:]: v for n, v in row.items() if n.startswith("requests_") and v}
+    lines = [
+        f"daemon   {where} answers in {took} ms: {', '.join(said)}",
+        f"Postfix  asked last: {format_moment(last, time.time_ns() // 1000) if last else 'never'};"
+        f" in {saslquota.format_time(up)}: {', '.join(f'{v} {n}' for n, v in asked.items())}",
+    ]
+    is_doubtful = row.get("rules_valid") == "no" or (last is None and up > 3600)
+    level = FAILED if row.get("store") == "down" else WARNING if is_doubtful else OK
+    return level, lines, [{"what": "daemon", "address": where, "milliseconds": took, **row}]
+
+
+def is_filling(use: Row) -> bool:
+    is_limit = use["action"] != "none" and use["limit"]
+    return use["blocked"] or bool(is_limit and use["percent"] >= NEAR)
+
+
+def filling(session: Session) -> list[Row]:
+    """The fullest window of each account that has used NEAR percent of a limit, or is blocked."""
+    store, rules = session.store, session.rules
+    longest = max(window.period for rule in rules for window in rule.windows)
+    sql = (
+        f"SELECT account, SUM(recipients) FROM sends WHERE at >= {store.BIND_TIME} GROUP BY account"
+    )
+    charges = []
+    for account, sent in store.run(sql, [session.now - longest * 1_000_000]):
+        debits = debits_of(rules, account)[:1]
+        if any(100 * sent >= NEAR * window.msgquota for d in debits for window in d.windows):
+            charges.append(debits)
+    uses = [[use for use in each if is_filling(use)] for each in measure(session, charges)]
+    return [fullest(each) for each in uses if each]
+
+
+def listed(title: str, rows: list[Row], lines: list[str], level: int) -> Part:
+    """Accounts under a title, if there are any."""
+    text = ["", f"{title}: {len(rows)}", *(f"  {line}" for line in lines)] if rows else []
+    return level if rows else OK, text, [{"what": title, **row} for row in rows]
+
+
+def store_parts(session: Session) -> Iterator[Part]:
+    store, now, uses = session.store, session.now, {}
+    senders = tally(store, "account", f"at >= TIME AND {NO_POOL}", [now - HOUR])
+    row = {"what": "store", "sent": sum(s["sent"] for s in senders), "senders": len(senders)}
+    text = f"{row['sent']} sent by {counted(row['senders'], 'sender')} in the last hour"
+    yield OK, [f"store    {store}: {text}"], [row]
+    try:
+        uses = {use["account"]: use for use in filling(session)}
+        row = {"what": "rules", "number": len(list(session.rules))}
+        yield OK, [f"rules    {session.config.quotafile}: {counted(row['number'], 'rule')}"], [row]
+    except saslquota.ConfigError as error:
+        yield WARNING, [f"rules    {error}"], [{"what": "rules", "error": str(error)}]
+    events = read_events(store, "kind = 'refused' AND at >= TIME", [now - 25 * HOUR])
+    events = [event for event in events if (event["last"] or event["at"]) >= now - HOUR]
+    cells = []
+    for event in events:
+        times = [format_moment(event[name], now) for name in ("at", "last")]
+        use = uses.get(event["account"])
+        why = describe_use(use) if use else event["note"]
+        told = "yes" if event["told"] else "no"
+        cells.append([*times, event["amount"], told, spelled(event["account"]), why])
+    heading = "SINCE", "LAST", "REFUSED", "TOLD", "ACCOUNT", "WHY"
+    yield listed("refused in the last hour", events, table(cells, heading), WARNING)
+    near = [use for use in uses.values() if not use["blocked"]]
+    near.sort(key=lambda use: -use["percent"])
+    cells = [[f"{use['percent']}%", spelled(use["account"]), describe_use(use)] for use in near]
+    yield listed("near the limit", near, table(cells), WARNING)
+    orders = {row["account"]: row for row in reversed(read_events(store, f"kind IN {ORDERS}"))}
+    for kind, title, level in (("block", "blocked", WARNING), ("grant", "granted more", OK)):
+        rows = [order for order in orders.values() if is_in_force(order, kind, now)]
+        lines = [f"{spelled(row['account'])}: {describe_event(row, now)}" for row in rows]
+        yield listed(title, rows, lines, level)
+
+
+def status(session: Session, arguments: argparse.Namespace) -> int:
+    parts = [daemon_part(session)]
+    try:
+        parts.extend(store_parts(session))
+    except SaslQuotaError as error:
+        text = explained(error, session)
+        parts.append((FAILED, [f"store    {text}"], [{"what": "store", "error": text}]))
+    if not arguments.quiet:
+        rows = (row for _, _, rows in parts for row in rows)
+        present(session, rows, (line for _, lines, _ in parts for line in lines))
+    return max(level for level, _, _ in parts)
+
+
+# --- Orders ---------------------------------------------------------------------------------------
+
+
+class Pointless(ControlError):
+    """It would change nothing."""
+
+
+def moment_of(text: str, now: int) -> int:
+    """When "18:00", "2026-12-24", "2026-12-24 18:00" (local time) or "2h" from now is, in
+    microseconds since 1970. Raises ControlError, also when it is in the past."""
+    seconds = now // 1_000_000
+    try:
+        if re.fullmatch("[0-9]+[smhdw]", text):
+            until: float = seconds + saslquota.read_period(text)
+        elif re.fullmatch("[0-9]{1,2}:[0-9]{2}", text):  # today or tomorrow: days have 23 to 25 h
+            later = (time.localtime(seconds + more) for more in (0, 82_800, 90_000))
+            times = (datetime.fromisoformat(f"{time.strftime('%F', d)} {text:0>5}") for d in later)
+            until = next(at for at in map(datetime.timestamp, times) if at > seconds)
+        else:
+            until = datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError):
+        example = '18:00, 2026-12-24, "2026-12-24 18:00", 2h, 3d'
+        raise ControlError(f"--until {text}: must be a time, as {example}") from None
+    if until <= seconds:
+        raise ControlError(f"--until {text}: is in the past")
+    return int(until) * 1_000_000
+
+
+def place(store: Store, wanted: Row) -> tuple[Row, Row | None, bool]:
+    """Write an event, with what it does to the count, or nothing of it. Returns the event, the
+    newest order before it, and whether the account has ever sent. Raises Pointless, StoreError."""
+    account, kind = wanted["account"], wanted["kind"]
+    try:
+        heads = store.newest_entries({account: 1}, take_locks=True)
+        events, now = read_events(store, "account = ?", [account]), store.now()
+        order = next((event for event in events if event["kind"] in ORDERS), None)
+        if kind == "reset" and not heads:
+            raise Pointless("has never sent anything")
+        if kind == "unblock" and not is_in_force(order, "block", now):
+            raise Pointless("is not blocked")
+        epoch, entries = heads[0].epoch if heads else 1, []
+        if kind == "reset":
+            seq, at = heads[0].seq + 1, heads[0].at
+            if not now < at < now + saslquota.MAX_CLOCK_SKEW:  # else back to the present clock
+                at = now
+            entries = [saslquota.Entry(account, seq, epoch + 1, at, 0, 0, "reset", 0)]
+        if kind == "reset" and order and is_in_force(order, "grant", now):
+            sql = "UPDATE events SET epoch = ? WHERE account = ? AND number = ?"
+            store.run(sql, [epoch + 1, account, order["number"]])
+        event = wanted | {"number": events[0]["number"] + 1 if events else 1, "at": now}
+        given = event | ({"epoch": epoch} if kind == "grant" else {})
+        marks = ", ".join(store.BIND_TIME if name in TIMES else "?" for name in given)
+        sql = f"INSERT INTO events ({', '.join(given)}) VALUES ({marks})"
+        store.run(sql, list(given.values()))
+        store.append(entries)  # and commit
+    except BaseException:
+        store.rollback()
+        raise
+    return event, order, bool(heads)
+
+
+def place_at_last(store: Store, wanted: Row) -> tuple[Row, Row | None, bool]:
+    """As place(), again when others write to the same account at that moment."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return place(store, wanted)
+        except saslquota.Conflict as error:
+            if time.monotonic() > deadline:
+                raise ControlError(f"nothing was done, it is locked: {error}") from None
+            time.sleep(random.uniform(0, 0.02))
+
+
+def order(session: Session, arguments: argparse.Namespace) -> int:
+    account, store, now = session.account(arguments.LOGIN), session.store, session.now
+    kind, name, note = arguments.kind, spelled(account), arguments.NOTE
+    if not 0 < len(account) <= saslquota.MAX_ACCOUNT or len(note) > 400:
+        raise ControlError("a login has 1 to 320 characters, a note 400 at most")
+    author = os.environ.get("SUDO_USER") or saslquota.user_name(os.getuid())
+    wanted = {"account": account, "kind": kind, "author": author[:64], "note": note}
+    if kind == "grant":
+        wanted |= {"amount": arguments.N, "until": now + 24 * HOUR}
+    if given := getattr(arguments, "TIME", ""):
+        wanted["until"] = moment_of(given, now)
+    try:
+        with waiting(f"{name} is locked by another session"):
+            event, before, has_sent = place_at_last(store, wanted)
+    except Pointless as error:
+        return complain(store, account, str(error))
+    until = f" until {format_moment(event['until'], now)}" if "until" in event else ""
+    queue = f"; mail that waits: saslquotactl.py queue {shlex.quote(name)}"
+    outcome = {
+        "reset": "the count begins anew",
+        "grant": f"{wanted.get('amount')} more{until}, then the count begins anew",
+        "block": f"may not send{until}{queue if name == account else ''}",
+        "unblock": "may send again",
+    }
+    lines = [f"{name}: {outcome[kind]}"]
+    if kind == "grant" and not given:
+        lines.append("  that is 24 hours from now: --until was not given")
+    if is_in_force(before, "block", now) or is_in_force(before, "grant", now):
+        fate = "goes on" if kind == "reset" else "has ended"
+        lines.append(f"  {describe_event(before or {}, now)}: {fate}")
+    if not has_sent:
+        lines.append(f"  note: it has never sent anything{similar(store, account)}")
+    present(session, [event | {"account": name, "has_sent": has_sent}], lines)
+    return OK
+
+
+def number(text: str) -> int:
+    return saslquota.read_int(1, 1_000_000_000)(int(text))
+
+
+def period(text: str) -> int:
+    return saslquota.read_period(text)
+
+
+TIME = '18:00, 2026-12-24, "2026-12-24 18:00", 2h, 3d; else a grant lasts 24h, a block for good'
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "LOGIN": {
+        "type": saslquota.valid_utf8,
+        "help": "in any spelling; a pool: @example.com, or '*'",
+    },
+    "N": {"type": number, "help": "recipients"},
+    "-q": {"dest": "quiet", "action": "store_true", "help": "exit status only"},
+    "-p": {"dest": "PERIOD", "type": period, "help": "how far back: 1h, 7d"},
+    "-n": {"dest": "LINES", "type": number, "default": 20, "help": "of a list (default: 20)"},
+    "--addresses": {"action": "store_true", "help": "who sends from most addresses comes first"},
+    "--until": {"dest": "TIME", "default": "", "help": TIME},
+    "-m": {"dest": "NOTE", "type": saslquota.valid_utf8, "default": "", "help": "why"},
+}
+COMMANDS = """\
+status -q: does it work, and who is stuck
+    Exit status 0: well; 1: somebody is refused, blocked, or has used 80 % of a limit; 2: the
+    daemon or its database is down.
+top --addresses -p -n: who sends most, and from how many addresses
+    QUOTA is the window nearest its limit. A stolen password is used from many addresses, at
+    times slowly: top --addresses -p 1d, then show LOGIN. (PERIOD is 1h by default.)
+show LOGIN -p -n: a login's windows, senders, addresses and history
+    A thief shows by many new addresses, and by senders that are not the login's:
+    show bob@example.com -p 7d (PERIOD is 1d by default.)
+reset LOGIN -m: begin a sender's count anew
+    Who is over quota may send again, within a second: reset bob@example.com -m 'ticket 12'
+grant LOGIN N --until -m: let a sender send N more for some time
+    In each window; then the count begins anew: grant news@example.com 2000 --until 18:00
+block LOGIN --until -m: forbid a login to send
+    All daemons obey within a second; the mailbox and its password stay as they are:
+    block bob@example.com -m phished. Mail that waits already: queue LOGIN
+unblock LOGIN -m: end a block
+    The count stays as it is, see reset: unblock bob@example.com -m 'new password'
+"""
+
+
+def add_look_and_orders_commands(commands: Any) -> None:
+    for name, options, summary, more in re.findall(
+        r"(?m)^(\w+) (.*?): (.*)\n((?: .*\n)+)", COMMANDS
+    ):
+        text = f"{summary}. {' '.join(more.split())}"
+        parser = commands.add_parser(name, help=summary, description=text)
+        for option in options.split():
+            parser.add_argument(option, **ARGUMENTS[option])
+        command: Command = {"status": status, "top": top, "show": show}.get(name, order)
+        parser.set_defaults(command=command, kind=name, PERIOD=3600 if name == "top" else 86_400)
 
 
 # --- Queue ----------------------------------------------------------------------------------------
@@ -299,263 +837,71 @@ def add_queue_commands(commands: Any) -> None:
     parser.set_defaults(command=run_queue)
 
 
-# --- Replay ---------------------------------------------------------------------------------------
+# --- Metrics --------------------------------------------------------------------------------------
 
-SLICE = 20_000  # rows of one SELECT: none takes long
-Row = tuple[str, int, int, int, int, str]  # account, seq, epoch, at, recipients, instance
-
-
-class Replayed:
-    """An account whose sends are decided anew. As in the ledger, what a window holds is the
-    difference of two totals. To `measure`, it accepts all, and makes its windows that large."""
-
-    def __init__(self, rule: Rule, pools: Iterable[Replayed], *, measure: bool) -> None:
-        self.by_message, self.measure = rule.per_message, measure
-        refusing = (w for w in rule.windows if w.enforce and w.action != "HOLD")
-        self.windows = rule.windows if measure else tuple(refusing)
-        self.quotas = [0 if measure else window.msgquota for window in self.windows]
-        self.due = [(account, 1) for account in (self, *pools)]  # charged for one recipient
-        self.accepted: dict[str, bool] = {}  # messages by their instance
-        self.sends = self.sent = self.refused = self.first = 0  # `sent`, `refused`: recipients
-        self.limit = Window(0, 0)  # what refused first
-        self.begin(1)
-
-    def begin(self, epoch: int) -> None:
-        self.epoch, self.total = epoch, 0
-        self.ats, self.befores = array("q"), array("q")  # of each send; the totals before them
-        self.starts = [0] * len(self.windows)  # the first send that is in each window
-        self.room = -1.0  # what certainly fits into all; for more full() must look
-
-    def full(self, cost: int, at: int) -> list[Window]:
-        """The windows that have no room for the cost."""
-        found, self.room = [], math.inf
-        for number, window in enumerate(self.windows):
-            oldest = at - window.period * 1_000_000  # it still counts
-            start = self.starts[number] = bisect_left(self.ats, oldest, self.starts[number])
-            used = self.total - self.befores[start] if start < len(self.ats) else 0
-            if self.measure:
-                self.quotas[number] = max(self.quotas[number], used + cost)
-            elif used + cost > self.quotas[number]:
-                found.append(window)
-            self.room = min(self.room, self.quotas[number] - used)
-        return found
-
-    def send(self, recipients: int, at: int, instance: str) -> None:
-        """Charge it and its pools, or none. Where messages count, each is charged once, or stays
-        refused."""
-        self.sends += 1
-        self.sent += recipients
-        accepted = self.accepted.get(instance)
-        due = self.due
-        if accepted or recipients > 1:
-            due = [
-                (account, 1 if account.by_message else recipients)
-                for account, _ in due
-                if not (accepted and account.by_message)
-            ]
-        full: list[Window] = []
-        for account, cost in due:
-            if account.room < cost:
-                full += account.full(cost, at)
-        if full or accepted is False:
-            longest = max(full, key=lambda window: window.period, default=self.limit)
-            if longest.count == "messages" and instance:
-                self.accepted[instance] = False
-            if not self.refused:
-                self.first, self.limit = at, longest
-            self.refused += recipients
-            return
-        for account, cost in due:
-            account.ats.append(at)
-            account.befores.append(account.total)
-            account.total += cost
-            account.room -= cost
-        if instance:
-            self.accepted[instance] = True
+SAID = {  # by the daemon: its line, the metric, and what that is
+    "uptime": ("uptime_seconds", "since the daemon's start"),
+    "store": ("store_up", "0 while the daemon cannot use its database"),
+    "rules_valid": ("rules_valid", "0: quotarules.json has a mistake, older rules are in force"),
+    "connections": ("connections", "open connections of Postfix"),
+    "recipients": ("recipients_total", "recipients accepted"),
+    "incidents": ("incidents_total", "accounts that came over their quota"),
+    "log_lines_lost": ("log_lines_lost_total", "lines that the log did not take"),
+}
 
 
-def replay(rules: Rules, rows: Iterable[Row], *, measure: bool = False) -> dict[str, Replayed]:
-    """The accounts, once their sends are decided anew as the ledger would by these rules."""
-    new = functools.partial(Replayed, measure=measure)
-    found = {POOL_PREFIX + rule.key: new(rule, ()) for rule in rules if rule.is_pool}
-    for name, _, epoch, at, recipients, instance in rows:
-        account = found.get(name)
-        if account is None:
-            pools = [found[POOL_PREFIX + pool.key] for pool in rules.pools(name)]
-            account = found[name] = new(rules.select(name), pools)
-        if epoch != account.epoch:  # it was reset
-            account.begin(epoch)
-        if recipients:
-            account.send(recipients, at, instance)
-    return found
+def metrics_text(said: Mapping[str, str], counted: Mapping[str, int]) -> str:
+    """Prometheus' text of what the daemon says, nothing if it is down, and of what the tables hold.
+    What is not known is left out. No label is a login: it is personal data."""
+    lines: list[str] = []
+
+    def add(name: str, explanation: str, samples: Mapping[str, object], kind: str = "") -> None:
+        kind = kind or ("counter" if name.endswith("_total") else "gauge")
+        lines.extend((f"# HELP saslquota_{name} {explanation}", f"# TYPE saslquota_{name} {kind}"))
+        lines.extend(f"saslquota_{name}{suffix} {value}" for suffix, value in samples.items())
+
+    add("up", "whether the daemon answers", {"": int(bool(said))})
+    if re.fullmatch(r"[0-9A-Za-z.+-]+", said.get("version", "")):
+        add("info", "about the daemon", {f'{{version="{said["version"]}"}}': 1})
+    words = {"up": "1", "down": "0", "yes": "1", "no": "0"}
+    found = {name: words.get(value, value) for name, value in said.items()}
+    found = {name: n for name, n in found.items() if re.fullmatch(r"[0-9]+(\.[0-9]+)?", n)}
+    for name in (name for name in SAID if name in found):
+        add(*SAID[name], {"": found[name]})
+    verdicts = {f'{{verdict="{n[9:]}"}}': found[n] for n in found if n.startswith("requests_")}
+    add("requests_total", "requests by what came of them", verdicts)
+    sums = {n.partition("_le_")[2]: found[n] for n in found if n.startswith("decision_seconds_le_")}
+    if "inf" in sums and "decision_seconds_sum" in found:
+        took = {f'_bucket{{le="{n.replace("inf", "+Inf")}"}}': sums[n] for n in sums}
+        took |= {"_sum": found["decision_seconds_sum"], "_count": sums["inf"]}
+        add("decision_seconds", "from a request to its reply", took, "histogram")
+    for name, number in counted.items():
+        add(name, "in the tables, which several daemons may share", {"": number})
+    return "\n".join(lines) + "\n"
 
 
-def read_sends(store: Store, rules: Rules, since: int, login: str) -> Iterator[list[Row]]:
-    """The sends of all logins, or of one, by the primary key: the daemon goes on meanwhile."""
-    instance = "instance" if any(rule.per_message for rule in rules) else "''"
-    select = (
-        f"SELECT account, seq, epoch, {store.SELECT_AT}, recipients, {instance} FROM sends"
-        f" WHERE SUBSTR(account, 1, 5) <> 'POOL ' AND {store.SELECT_AT} + 0 >= ?"  # by no index
-    )
-    one = f"{select} AND account = ? AND seq > ? ORDER BY seq LIMIT {SLICE}"
-    others = f"{select} AND account > ? ORDER BY account, seq LIMIT {SLICE}"
-    rows: list[Any] = [(login, 0)]
-    while rows:
-        account, seq = rows[-1][:2]
-        rows = store.run(one, (since, account, seq))
-        if len(rows) < SLICE and not login:
-            rows += store.run(others, (since, account))
-        yield rows
+def count_for_metrics(store: Store) -> dict[str, int]:
+    now = store.now()
+    events = read_events(store, "kind = 'refused' AND at >= TIME", [now - 25 * HOUR])
+    orders = {row["account"]: row for row in reversed(read_events(store, f"kind IN {ORDERS}"))}
+    refused = {event["account"] for event in events if (event["last"] or 0) >= now - HOUR}
+    untold = sum(not event["told"] and event["at"] >= now - 24 * HOUR for event in events)
+    blocked = sum(is_in_force(order, "block", now) for order in orders.values())
+    found = len(refused), blocked, untold
+    return dict(zip(("refused_senders", "blocked_senders", "incidents_untold"), found, strict=True))
 
 
-def recorded(store: Store, rules: Rules, since: int, login: str) -> Iterable[Row]:
-    """The sends since a time; where there are pools, in the order of time and with their resets."""
-    pools = [POOL_PREFIX + rule.key for rule in rules if rule.is_pool]
-    slices = read_sends(store, rules, since, "" if pools else login)
-    rows = itertools.chain.from_iterable(progress(slices, "sends read", SLICE))
-    if not pools:
-        return rows
-    epochs = f"SELECT account, 0, epoch, MIN({store.SELECT_AT}), 0, '' FROM sends"
-    by_epoch = "WHERE account = ? GROUP BY account, epoch"
-    begun = [row for pool in pools for row in store.run(f"{epochs} {by_epoch}", (pool,))]
-    names: dict[str, str] = {}  # one text for each account, not for each row
-    compact = ((names.setdefault(row[0], row[0]), *row[1:]) for row in rows)
-    return sorted([*begun, *compact], key=operator.itemgetter(3))
-
-
-# --- Backtest and recommend -----------------------------------------------------------------------
-
-BACKTEST_HELP = """\
-Tell whom rules would have refused: those of --rules, or one --limit for each
-login, or those in force.
-
-    saslquotactl.py backtest --limit 200/1h
-    saslquotactl.py backtest --rules /root/quotarules.new.json -p 7d
-
-REFUSED and SENT are recipients; LIMIT is what refused first, and FIRST when.
-Windows begin empty: let -p be several times their periods. "enforce": false and
-HOLD refuse nobody; blocks and grants are left out. What a login sent under one
-instance is one message."""
-UNKNOWN = (
-    "Not recorded: what was refused; how many recipients it was where a rule counted messages."
-)
-RECOMMEND_HELP = """\
-Tell how much each window of the rules has held at most. Half of its logins
-never had more in it than 50%, all but one in a hundred not more than 99%. The
-limit REFUSE 3 would have refused three of them. A pool (@domain, *) is one.
-
-To choose a first limit, count for some weeks with "enforce": false, then take
-somewhat more than REFUSE 0. Where REFUSE 1 or 3 is far less, a few stand out:
-backtest --limit names them. Give them rules of their own, if they are no
-thieves. A limit for 1h stops a thief sooner than one for 1d; have both."""
-MAY_REFUSE = 0, 1, 3, 10  # logins
-
-
-def read_option(option: str, value: str, read: Callable[[str], Item]) -> Item:
-    try:
-        return read(value)
-    except ValueError as error:
-        raise ControlError(f"{option}: must be {error}") from None
-
-
-def rules_to_test(session: Session, arguments: argparse.Namespace) -> Rules:
-    if arguments.rules:
-        return saslquota.load_rules(arguments.rules, session.config.retentiondays * 86_400)
-    if not arguments.limit:
-        return session.rules
-    msgquota, _, period = arguments.limit.partition("/")
-    number = read_option(f"--limit {arguments.limit}", msgquota, saslquota.read_msgquota)
-    length = read_option(f"--limit {arguments.limit}", period, saslquota.read_period)
-    return Rules([Rule("default", (Window(length, number, "default"),))])
-
-
-def replay_period(
-    session: Session, arguments: argparse.Namespace, rules: Rules, *, measure: bool = False
-) -> tuple[dict[str, Replayed], str]:
-    """The accounts of the last -p, and how much they sent, in words."""
-    seconds = read_option(f"-p {arguments.period}", arguments.period, saslquota.read_period)
-    login = session.account(arguments.login) if arguments.login else ""
-    rows = recorded(session.store, rules, session.now - seconds * 1_000_000, login)
-    found = replay(rules, rows, measure=measure)
-    accounts = {name: account for name, account in found.items() if login in ("", name)}
-    sends = [account.sends for account in accounts.values() if account.sends]
-    period = saslquota.format_time(seconds)
-    what = f"{counted(sum(sends), 'send')} of {counted(len(sends), 'sender')}"
-    return accounts, f"{what} in the last {period}"
-
-
-def backtest(accounts: Mapping[str, Replayed]) -> list[dict[str, Any]]:
-    """Who would have been refused, most first."""
-    rows = []
-    for login, account in accounts.items():
-        if account.refused:
-            period = saslquota.format_time(account.limit.period)
-            messages = " messages" if account.limit.count == "messages" else ""
-            rule = f", rule {account.limit.rule}" if account.limit.rule != "default" else ""
-            limit = f"{account.limit.limit_text}{messages} in {period}{rule}"
-            row = {"refused": account.refused, "sent": account.sent, "limit": limit}
-            rows.append(row | {"first": account.first, "login": login})
-    return sorted(rows, key=lambda row: (-row["refused"], row["login"]))
-
-
-def run_backtest(session: Session, arguments: argparse.Namespace) -> int:
-    accounts, what = replay_period(session, arguments, rules_to_test(session, arguments))
-    rows = backtest(accounts)
-    cells = [[*(r | {"first": format_moment(r["first"], session.now)}).values()] for r in rows]
-    lines = table(cells, ("REFUSED", "SENT", "LIMIT", "FIRST", "LOGIN"))
-    in_json = [row | {"first": json_time(row["first"])} for row in rows]
-    who = f"{counted(len(rows), 'sender')} would have been refused"
-    session.show(in_json, [f"{what}: {who}", *lines, UNKNOWN])
-    return WARNING if what.startswith("0 ") else OK
-
-
-def recommend(rules: Rules, accounts: Iterable[Replayed]) -> list[dict[str, Any]]:
-    """For each window what it held at most, of the login that has a certain rank by that."""
-    held = collections.defaultdict(list)
-    for account in accounts:
-        for number, window in enumerate(account.windows):
-            held[window.rule, number].append(account.quotas[number])
-    rows = []
-    for rule in rules:
-        for number, window in enumerate(rule.windows):
-            found = sorted(held[rule.key, number], reverse=True)
-            limit = None if window.msgquota == math.inf else window.msgquota
-            row = {"rule": rule.key, "period": window.period, "limit": limit, "logins": len(found)}
-            ranks = {"p50": len(found) // 2, "p99": len(found) // 100, "highest": 0}
-            ranks |= {f"refuse_{n}": n for n in MAY_REFUSE}
-            rows.append(row | {name: (*found, *[None] * 11)[n] for name, n in ranks.items()})
-    return rows
-
-
-def run_recommend(session: Session, arguments: argparse.Namespace) -> int:
-    accounts, what = replay_period(session, arguments, session.rules, measure=True)
-    rows = recommend(session.rules, accounts.values())
-    cells = [[*(r | {"period": saslquota.format_time(r["period"])}).values()] for r in rows]
-    heading = "RULE", "PERIOD", "LIMIT", "LOGINS", "50%", "99%", "HIGHEST"
-    lines = table(cells, (*heading, *(f"REFUSE {n}" for n in MAY_REFUSE)))
-    session.show(rows, [what, *lines])
-    return WARNING if what.startswith("0 ") else OK
-
-
-def add_records_commands(commands: Any) -> None:
-    for name, run, about, text in (
-        ("recommend", run_recommend, "how to choose the first limit", RECOMMEND_HELP),
-        ("backtest", run_backtest, "whom other rules would have refused", BACKTEST_HELP),
-    ):
-        parser = commands.add_parser(name, help=about, description=text, formatter_class=RAW)
-        parser.add_argument(
-            "-p", dest="period", metavar="TIME", default="30d", help="how far back (30d)"
-        )
-        parser.set_defaults(command=run, login="")
-    parser.add_argument("--login", metavar="LOGIN", help="only this one")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--rules", metavar="FILE", type=Path, help="as quotarules.json")
-    which.add_argument("--limit", metavar="N/TIME", help="for each login, such as 200/1h")
+def metrics(session: Session, _: argparse.Namespace) -> int:
+    said, counted = dict[str, str](), dict[str, int]()
+    with contextlib.suppress(ControlError):
+        said = ask_daemon(session.config)
+    with contextlib.suppress(SaslQuotaError):  # the daemon says whether it is up
+        counted = count_for_metrics(session.store)
+    print(metrics_text(said, counted), end="")
+    return OK
 
 
 # --- main -----------------------------------------------------------------------------------------
-
-Command = Callable[[Session, argparse.Namespace], int]  # returns the exit status
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -567,12 +913,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     parser.add_argument("--version", action="version", version=f"saslquota {saslquota.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    adders: list[Callable[[Any], None]] = [  # add_..._commands() of each section
-        add_queue_commands,
-        add_records_commands,
-    ]
-    for add in adders:
-        add(commands)
+    add_look_and_orders_commands(commands)
+    add_queue_commands(commands)
+    text = "print figures for Prometheus, as node_exporter's textfile"
+    commands.add_parser("metrics", help=text, description=text).set_defaults(command=metrics)
+    sys.modules.setdefault("saslquotactl", sys.modules[__name__])  # as a script it is __main__
+    import saslquotabacktest
+    import saslquotadoctor
+
+    saslquotabacktest.add_commands(commands)
+    saslquotadoctor.add_commands(commands)
     return parser
 
 
@@ -588,7 +938,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except SaslQuotaError as error:
-        print(f"saslquotactl: {clean(error)}", file=sys.stderr)
+        print(f"saslquotactl: {clean(explained(error, session))}", file=sys.stderr)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # as in saslquota.main()

@@ -12,14 +12,22 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import FrameType
 
 import pytest
+from ctl import Ctl, Site
 from execnet import XSpec
 from fleet import Fleet, StartFleet
-from helpers import EXAMPLES, StartDaemon, StartPostfix, StartSupervisor, require
+from helpers import (
+    EXAMPLES,
+    StartDaemon,
+    StartPostfix,
+    StartSupervisor,
+    mysql_config,
+    require,
+)
 from servers.daemon import Daemon, copy_shipped
 from servers.mariadb import Database, MariaDB
 from servers.mysql import NO_MYSQL, MySQL, require_mysql
@@ -29,6 +37,8 @@ from servers.supervisor import Supervisor
 from xdist.scheduler import LoadScopeScheduling
 
 import saslquota
+import saslquotactl
+from saslquota import MySQLStore, SQLiteStore, Store
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -251,6 +261,38 @@ def fleet(tmp_path: Path) -> Iterator[StartFleet]:
     yield make
     for one in made:
         one.close()
+
+
+@pytest.fixture(params=["sqlite", pytest.param("mariadb", marks=pytest.mark.server)])
+def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
+    """A ledger that saslquotactl.py looks at, on each kind of store."""
+    if request.param == "sqlite":
+        store: Store = SQLiteStore(tmp_path / "saslquota.db", 5)
+        settings: dict[str, object] = {"_store": "sqlite"}
+    else:
+        database: Database = request.getfixturevalue("database")
+        store, settings = MySQLStore(mysql_config(database)), database.config()
+    with closing(store):
+        yield Site(tmp_path, store, settings)
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Iterator[Site]:
+    """As site, where the store makes no difference."""
+    with closing(SQLiteStore(tmp_path / "saslquota.db", 5)) as store:
+        yield Site(tmp_path, store, {"_store": "sqlite"})
+
+
+@pytest.fixture
+def ctl(capsys: pytest.CaptureFixture[str]) -> Ctl:
+    """Run saslquotactl.py on a site: ctl(site, "top"); its exit status, and what it prints."""
+
+    def run(site: Site, *arguments: str) -> tuple[int, str]:
+        status = saslquotactl.main(["-c", str(site.config), *arguments])
+        done = capsys.readouterr()
+        return status, done.out + done.err
+
+    return run
 
 
 @pytest.fixture(scope="module")

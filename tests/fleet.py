@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from helpers import DAY, lone_charge
 from servers.audit import SECOND
@@ -48,7 +49,7 @@ class ClockedStore(SQLiteStore):
         self.mishap = ""
         self.frozen: list[Sequence[Entry]] = []
 
-    def run(self, sql: str, values: Sequence[saslquota.Value] = ()) -> list[object]:
+    def run(self, sql: str, values: Sequence[saslquota.Value] = ()) -> list[Any]:
         return super().run(sql.replace("synchronous = FULL", "synchronous = OFF"), values)
 
     def now(self) -> int:
@@ -98,7 +99,7 @@ class Fleet:
     def rows(self) -> list[Entry]:
         columns = saslquota.COLUMNS
         found = self.stores[0].run(f"SELECT {columns} FROM sends ORDER BY account, seq")
-        return [Entry(*row) for row in found]  # type: ignore[misc]
+        return [Entry(*row) for row in found]
 
     def close(self) -> None:
         for store in self.stores:

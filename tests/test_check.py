@@ -294,6 +294,28 @@ def test_check_doubts_keys(shipped: Path, key: str, doubt: str) -> None:
     assert not doubt or found[0].startswith(f'{path}: warning: "{key}" {doubt}: ')
 
 
+@pytest.mark.parametrize(
+    ("windows", "warns"),
+    [
+        ([("1h", 9, "HOLD")], True),
+        ([("1h", 9, "HOLD"), ("1d", "unlimited", "REJECT")], True),
+        ([("1h", 9, "HOLD"), ("1d", 99, "HOLD")], True),
+        ([("1h", 9, "HOLD"), ("1d", 99, "DEFER")], False),
+        ([("1h", "unlimited", "HOLD")], False),
+        ([("1h", 9, "REJECT")], False),
+    ],
+)
+def test_check_wants_a_bound_for_what_is_held(
+    shipped: Path, windows: list[tuple[object, ...]], warns: bool
+) -> None:
+    path = shipped / "quotarules.json"
+    rule = [dict(zip(("period", "msgquota", "action"), w, strict=True)) for w in windows]
+    path.write_text(json.dumps({"default": rule}), "utf-8")
+    _, lines = check(shipped)
+    text = f'{path}: warning: "default": HOLD, and no other window refuses: '
+    assert any(line.startswith(text) for line in lines) is warns
+
+
 def test_check_of_a_login_without_a_domain(shipped: Path) -> None:
     path = shipped / "quotarules.json"
     path.write_text(json.dumps({"default": {"period": 60, "msgquota": 9}, "alice": {}}), "utf-8")

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from servers.audit import SECOND
 
 import saslquota
+import saslquotabacktest
 import saslquotactl
 from saslquota import (
     Charge,
@@ -146,8 +147,8 @@ def decide(fleet: Fleet, rules: Rules, history: Sequence[tuple[int, str, int, st
 
 
 def replayed(store: Store, rules: Rules) -> Outcome:
-    rows = saslquotactl.recorded(store, rules, 0, "")
-    accounts = saslquotactl.replay(rules, rows)
+    rows = saslquotabacktest.recorded(store, rules, 0, "")
+    accounts = saslquotabacktest.replay(rules, rows)
     return {name: (a.refused, a.first) for name, a in accounts.items() if a.refused}
 
 
@@ -184,9 +185,9 @@ def test_the_recommended_limit_refuses_as_many_logins_as_it_says(
         fleet = Fleet(Path(directory))
         record(fleet, steps)
         rules = Rules([Rule("default", (Window(period, 1, "default"),))])
-        rows = saslquotactl.recorded(fleet.stores[0], rules, 0, "")
-        accounts = saslquotactl.replay(rules, rows, measure=True)
-        (found,) = saslquotactl.recommend(rules, accounts.values())
+        rows = saslquotabacktest.recorded(fleet.stores[0], rules, 0, "")
+        accounts = saslquotabacktest.replay(rules, rows, measure=True)
+        (found,) = saslquotabacktest.recommend(rules, accounts.values())
         limit = found[f"refuse_{n}"]
         if limit is None:
             assert found["logins"] <= n
@@ -362,7 +363,7 @@ def test_a_reset_begins_anew(site: Site, ctl: Any) -> None:
 
 def test_what_is_held_and_not_refused_is_no_refusal() -> None:
     window = Window(3600, 1, "default", action="HOLD")
-    accounts = saslquotactl.replay(
+    accounts = saslquotabacktest.replay(
         Rules([Rule("default", (window,))]), [("a", 1, 1, 9, 5, ""), ("a", 2, 1, 9, 5, "")]
     )
     assert (accounts["a"].refused, accounts["a"].sent) == (0, 10)
@@ -380,13 +381,13 @@ def test_only_the_period_and_the_login_that_are_asked_for(site: Site, ctl: Any) 
 
 @pytest.mark.parametrize("login", ["", "c@x"])
 def test_a_table_is_read_in_slices(site: Site, monkeypatch: pytest.MonkeyPatch, login: str) -> None:
-    monkeypatch.setattr(saslquotactl, "SLICE", 3)
+    monkeypatch.setattr(saslquotabacktest, "SLICE", 3)
     expected = []
     for name, number in {"a@x": 3, "b@x": 1, "c@x": 7, "POOL *": 4, "d@x": 2, "e@x": 3}.items():
         site.add(name, *[(2, 1)] * number)
         expected += [(name, seq) for seq in range(1, number + 1)]
     rules = Rules([Rule("default", (Window(3600, 1, "default"),))])
-    slices = list(saslquotactl.read_sends(site.store, rules, 0, login))
+    slices = list(saslquotabacktest.read_sends(site.store, rules, 0, login))
     assert [row[:2] for rows in slices for row in rows] == sorted(
         row for row in expected if row[0] != "POOL *" and login in ("", row[0])
     )

@@ -251,8 +251,8 @@ def test_a_pool_has_no_mail_of_its_own(spool: Spool, login: str, domain: str) ->
 def test_who_may_not_read_the_queues_is_told_so(spool: Spool) -> None:
     require("postconf", root=True)
     (spool.root / "incoming").chmod(0o700)
-    for name in ("saslquota.py", "saslquotactl.py"):
-        shutil.copy(ROOT / name, spool.directory)
+    for path in ROOT.glob("saslquota*.py"):
+        shutil.copy(path, spool.directory)
     command = [*as_user("nobody"), "saslquotactl.py", "queue", ALICE, "--config-dir", "."]
     done = subprocess.run(command, cwd=spool.directory, capture_output=True, encoding="utf-8")
     complaint = f"saslquotactl: {spool.root}/incoming: Permission denied: run this as root\n"

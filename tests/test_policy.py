@@ -647,3 +647,79 @@ def test_times(seconds: int, text: str) -> None:
 )
 def test_waits_are_rounded_up(seconds: float, text: str) -> None:
     assert format_wait(seconds) == text
+
+
+# --- HOLD -----------------------------------------------------------------------------------------
+
+HELD = {
+    "default": [
+        {"period": "1h", "msgquota": 2, "action": "HOLD", "msg": "look at {sasl_username}"},
+        {"period": "1h", "msgquota": 4, "msg": "enough"},
+    ]
+}
+
+
+def test_what_is_held_is_counted_until_another_window_refuses(make: Make, rows: Rows) -> None:
+    policy = make(HELD)
+    answers = [check(policy, request()) for _ in range(6)]
+    actions = [answer.action for answer in answers]
+    held = "HOLD look at alice@example.com"
+    assert actions == ["OK", "OK", held, held, "REJECT enough", "REJECT enough"]
+    assert [answer.outcome for answer in answers[1:5]] == ["accepted", "held", "held", "refused"]
+    assert rows("total") == [(1,), (2,), (3,), (4,)]
+    line = verdict_line(request(), answers[2])
+    assert "quota 3/2 (150.00%), period=3600, action=HOLD, " in line
+
+
+def test_hold_may_be_tried_out(make: Make) -> None:
+    policy = make({"default": {**HELD["default"][0], "enforce": False}})
+    answers = [check(policy, request()) for _ in range(3)]
+    assert [answer.action for answer in answers] == ["OK"] * 3
+    assert answers[2].outcome == "not_enforced"
+    assert "action=HOLD (not enforced), " in verdict_line(request(), answers[2])
+
+
+# --- Where a send came from -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("address", "stored"),
+    [
+        ("192.0.2.1", bytes([192, 0, 2, 1])),
+        ("2001:db8::1", bytes.fromhex("20010db8000000000000000000000001")),
+        ("::ffff:192.0.2.1", bytes.fromhex("00000000000000000000ffffc0000201")),
+        ("", b""),
+        ("unknown", b""),
+        ("1.2.3", b""),
+        ("192.0.2.1\x00", b""),
+        ("\udc80", b""),
+    ],
+)
+def test_the_client_address(policy: Decider, rows: Rows, address: str, stored: bytes) -> None:
+    check(policy, request(client_address=address))
+    assert rows("CAST(client_address AS BLOB)") == [(stored,)]
+
+
+@pytest.mark.parametrize(
+    ("sender", "stored"),
+    [
+        ("ceo@example.com", "ceo@example.com"),
+        ("alice@example.com", ""),
+        ("", ""),
+        ("\udcff@x", "\\udcff@x"),
+        ("x" * 500, "x" * 320),
+    ],
+)
+def test_the_sender(policy: Decider, rows: Rows, sender: str, stored: str) -> None:
+    check(policy, request(sender=sender))
+    assert rows("sender") == [(stored,)]
+
+
+def test_addresses_need_not_be_stored(make: Make, rows: Rows) -> None:
+    check(make(storeaddress=False), request())
+    assert rows("CAST(client_address AS BLOB), sender") == [(b"", "a@x.br")]
+
+
+def test_of_several_senders_in_a_pool_nothing_is_stored(make: Make, rows: Rows) -> None:
+    check(make({**RULES, "*": {"period": "1h", "msgquota": 9}}), request())
+    assert rows("CAST(client_address AS BLOB), sender")[0] == (b"", "")

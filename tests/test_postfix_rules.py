@@ -106,6 +106,28 @@ def test_defer(start: Start) -> None:
     wait_for_log(running, re.escape("quota 1/1 (100.00%), period=3600, action=DEFER, "))
 
 
+def test_hold(start: Start) -> None:
+    """access(5): what is held waits until postsuper -H, and may be deleted."""
+    windows = [
+        {"period": "1h", "msgquota": 1, "action": "HOLD", "msg": "look"},
+        {"period": "1h", "msgquota": 3, "msg": "enough"},
+    ]
+    running, postfix = start({"default": windows})
+    with postfix.login() as session:
+        for _ in range(3):
+            send(session, recipients(1))
+        assert refusal(session)[1].endswith(": enough")
+    wait_for_log(running, re.escape("quota 2/1 (200.00%), period=3600, action=HOLD, "))
+
+    def held() -> list[str]:
+        return [path.name for path in (postfix.queue / "hold").rglob("*") if path.is_file()]
+
+    first, second = held()
+    postfix.postsuper("-H", first)
+    postfix.postsuper("-d", second)
+    assert held() == []
+
+
 def test_retry_after(start: Start) -> None:
     """After the time that is told, and not before, the send is accepted."""
     msg = "{sasl_username} {rule} {used}/{msgquota} in {period}: again in {retry_after}"

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from ctl import Site
 from fleet import StartFleet
 from helpers import DAY, in_background, require
 from servers.daemon import Daemon, PolicyClient, copy_shipped
@@ -30,12 +31,16 @@ from servers.mariadb import Database, MariaDB, session
 from servers.ports import LOOPBACK, free_port, is_listening
 from servers.postfix import Postfix, any_certificate, is_accepted
 from servers.process import ROOT, Process, clean_environment, run, wait_for, wait_for_log
+from servers.supervisor import EmptySupervisor
 
 import saslquota
+import saslquotawatch
 from saslquota import Config, Window, load_config, load_rules
 
 NAMES = ["README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md"]
-NAMES += [f"docs/{name}.md" for name in ("install", "rules", "operation", "upgrading")]
+NAMES += [
+    f"docs/{name}.md" for name in ("install", "rules", "operation", "upgrading", "saslquotactl")
+]
 DOCUMENTS = {name: (ROOT / name).read_text("utf-8") for name in NAMES}
 README, INSTALL, RULES, OPERATION, UPGRADING = (
     "README.md",
@@ -136,6 +141,12 @@ def test_shell_syntax(script: str) -> None:
 NOT_RUN: Mapping[str, str] = {  # by the beginning of their text
     "apt-get install ": "tests/run has installed these packages, see test_packages",
     "tests/run\n": "it runs this file",
+    "saslquotactl.py queue ": "it needs Postfix: see the tests of that command",
+    "PROBLEM  postfix ": "test_ctl_doctor.py compares it with what doctor says",
+    "supervisorctl restart saslquota-watch\n": "see test_supervisor.py",
+    "Subject: bob@example.com: quota reached\n": "a sample: see test_watch.py",
+    "* * * * * root saslquotactl.py metrics": "a line for cron: see test_metrics.py",
+    "ssh -L 10009:": "it needs another machine",
 }
 
 
@@ -235,6 +246,22 @@ def test_the_second_command() -> None:
 
 
 # --- Settings and rules ---------------------------------------------------------------------------
+
+
+WATCH_SETTINGS = block(OPERATION, "Told by mail, metrics, page", "json", "_notify")
+
+
+def test_the_settings_of_the_watch(tmp_path: Path) -> None:
+    path = tmp_path / "saslquota.json"
+    path.write_text(f"{{{WATCH_SETTINGS}}}", "utf-8")
+    config = load_config(path, {})
+    assert (config.notify, config.http) == (("postmaster@example.com",), "127.0.0.1:10009")
+
+
+def test_its_sample_mail_names_the_commands() -> None:
+    (sample,) = [b.text for b in BLOCKS if b.text.startswith("Subject: bob@example.com")]
+    lines = "\n".join(saslquotawatch.advice("bob@example.com"))
+    assert sample.endswith(f"{lines}\n")
 
 
 def settings_table() -> dict[str, tuple[str, str]]:
@@ -469,50 +496,28 @@ def test_limits_that_cannot_be_had(
 
 # --- The production set-up, and what comes after it -----------------------------------------------
 
-USER = block(README, "1. Install", "sh", "useradd")
-USE_SQLITE = block(README, "2. Configure", "sh", "_sqlitefile")
+INSTALLS = [
+    block(README, "1. Install", "sh", "./install"),
+    block(INSTALL, "MySQL or MariaDB", "sh", "./install"),
+    block(UPGRADING, "From 2.0 on", "sh", "./install"),
+    block(UPGRADING, "Uninstalling", "sh", "./install"),
+]
+USER = block(INSTALL, "The program", "sh", "useradd")
+USE_SQLITE = block(INSTALL, "The settings", "sh", "_sqlitefile")
 CHECK = block(README, "2. Configure", "sh", "--check")
-UNDER_SUPERVISORD = block(README, "3. Start", "sh", "reread")
-LISTENS = block(README, "3. Start", "sh", "ss -ltn")
+UNDER_SUPERVISORD = block(INSTALL, "The service", "sh", "reread")
+STATUS_OF_SERVICE = block(README, "3. Look", "sh", "supervisorctl")
+LISTENS = block(README, "3. Look", "sh", "ss -ltn")
 RESTART_AND_RELOAD = block(OPERATION, "Restart and reload", "sh", "HUP")
 CHECK_AND_RESTART = block(OPERATION, "Restart and reload", "sh", "--check")
-CHECK_AT_NIGHT = block(OPERATION, "At 3 a.m.", "sh", "--check")
-START_AT_NIGHT = block(OPERATION, "At 3 a.m.", "sh", "supervisorctl start")
-UPGRADE = block(UPGRADING, "From 2.0 on", "sh", "install")
-WAY_BACK = block(UPGRADING, "From 2.0 on", "sh", "cp /opt/saslquota/saslquota.py.old")
+CHECK_AT_NIGHT = block(OPERATION, "When something is down", "sh", "--check")
+START_AT_NIGHT = block(OPERATION, "When something is down", "sh", "supervisorctl start")
+UPGRADE = block(UPGRADING, "From 2.0 on", "sh", "install -m")
+WAY_BACK = block(UPGRADING, "From 2.0 on", "sh", "py.old; do cp")
 STOP_THE_OLD = block(UPGRADING, "From noskoski/postfix_saslquota 1.x", "sh")
 UNINSTALL = block(UPGRADING, "Uninstalling", "sh", "userdel")
 UNINSTALL_DATABASE = block(UPGRADING, "Uninstalling", "sql")
 UNINSTALL_POSTFIX = block(UPGRADING, "Uninstalling", "sh", "postconf")
-
-
-class EmptySupervisor(Process):
-    """A supervisord that runs nothing yet, with Debian's include line for a private conf.d."""
-
-    def __init__(self, directory: Path, port: int) -> None:
-        super().__init__(directory, "supervisord")
-        self.port = port
-        self.socket = directory / "control.sock"
-        self.config = directory / "supervisord.conf"
-        for name in ("conf.d", "log"):
-            (directory / name).mkdir()
-        self.config.write_text(
-            f"[unix_http_server]\nfile={self.socket}\n"
-            f"[supervisord]\nlogfile={directory}/supervisord.log\npidfile={directory}/pid\n"
-            "[rpcinterface:supervisor]\n"
-            "supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface\n"
-            f"[supervisorctl]\nserverurl=unix://{self.socket}\n"
-            f"[include]\nfiles={directory}/conf.d/*.conf\n"
-        )
-
-    def command(self) -> Sequence[str | Path]:
-        return ["supervisord", "--nodaemon", "--configuration", self.config]
-
-    def environment(self) -> dict[str, str]:
-        return clean_environment({"_bindport": self.port, "_loghandler": "stdout"})
-
-    def is_ready(self) -> bool:
-        return self.socket.exists()
 
 
 class Production:
@@ -522,12 +527,14 @@ class Production:
         self.directory = directory
         self.opt = directory / "opt"
         self.log = directory / "log" / "saslquota.log"
+        (directory / "sbin").mkdir()
         self.supervisor = EmptySupervisor(directory, free_port())
 
     def private(self, text: str) -> str:
         """The commands with everything that belongs to the system replaced."""
         for old, new in (
             ("/opt/saslquota", f"{self.opt}"),
+            ("/usr/local/sbin", f"{self.directory}/sbin"),
             ("/var/lib/saslquota", f"{self.directory}/lib"),
             ("/etc/supervisor/conf.d", f"{self.directory}/conf.d"),
             ("/var/log/supervisor", f"{self.directory}/log"),
@@ -601,6 +608,15 @@ def test_the_user(new_directory: Callable[[], Path]) -> None:
     assert (root / "etc" / "passwd").read_text() == (root / "etc" / "group").read_text() == ""
 
 
+@pytest.mark.parametrize("script", INSTALLS)
+def test_install(script: str) -> None:
+    """It is run by test_install.py, and as it is shipped by test_install_on_debian.py."""
+    program, *options = script.split()
+    assert (ROOT / program).stat().st_mode & 0o111
+    usage = subprocess.run(["sh", ROOT / program, "--help"], capture_output=True, text=True).stdout
+    assert set(options) <= set(re.findall(r"--\w+", usage))
+
+
 @pytest.mark.slow
 def test_production(production: Production) -> None:
     opt, lib = production.opt, production.directory / "lib"
@@ -608,11 +624,16 @@ def test_production(production: Production) -> None:
     assert modes(opt / "saslquota.json", opt / "quotarules.json") == ["0o640", "0o644"]
     config = load_config(opt / "saslquota.json", {})
     assert (config.loglevel, config.store) == ("INFO", "sqlite")
+    assert UNDER_SUPERVISORD.splitlines(keepends=True)[-1] == STATUS_OF_SERVICE
     if shutil.which("ss"):
         production.run(LISTENS)
     with PolicyClient(production.supervisor.port) as policy:
         assert policy.ask() == "OK"
     assert (lib / "saslquota.db").exists()
+    control = production.directory / "sbin" / "saslquotactl.py"
+    environment = production.supervisor.environment()  # has the daemon's port
+    assert "alice@example.com" in run([control, "top"], env=environment)
+    assert run([control, "status", "-q"], env=environment) == ""
 
 
 @pytest.mark.slow
@@ -681,7 +702,7 @@ def test_uninstalling(new_directory: Callable[[], Path]) -> None:
         assert userdel == "userdel saslquota\n"
         assert "saslquota: removed process group" in made.run("".join(commands))
         assert not is_listening(made.supervisor.port)
-        for name in ("opt", "lib", "conf.d/saslquota_supervisor.conf"):
+        for name in ("opt", "lib", "conf.d/saslquota_supervisor.conf", "sbin/saslquotactl.py"):
             assert not (made.directory / name).exists()
 
 
@@ -824,11 +845,14 @@ def test_any_password_can_be_set(tmp_path: Path, password: str) -> None:
 
 
 def test_production_with_mysql(daemon: START, named_database: Database) -> None:
-    """Its user may do all that the daemon does."""
+    """Its user may do all that the daemon and saslquotactl.py do."""
     started = daemon(named_database.config())
     with started.policy() as policy:
         assert [policy.ask() for _ in range(3)] == ["OK"] * 3
     assert named_database.sql("SELECT total FROM sends ORDER BY seq DESC LIMIT 1") == "3"
+    for command in ("status", "show alice@example.com", "reset alice@example.com"):
+        control(f"saslquotactl.py {command}", started.config_file)
+    assert named_database.sql("SELECT kind FROM events") == "reset"
     said = shell(
         CHECK,
         ("runuser -u saslquota -- /opt/saslquota/venv/bin/python", sys.executable),
@@ -850,7 +874,7 @@ UNCOMMENT = block(INSTALL, "Postfix: submission", "sh")
 PER_MESSAGE = block(INSTALL, "Recipients or messages", "sh")
 OTHER_MASTER = block(INSTALL, "Other mail systems", "sh")
 PORT_25 = block(INSTALL, "Port 25", "sh")
-BYPASS = block(OPERATION, "At 3 a.m.", "sh", "saslquota ='")
+BYPASS = block(OPERATION, "When something is down", "sh", "saslquota ='")
 
 
 @pytest.fixture
@@ -1239,6 +1263,13 @@ MONITOR = block(OPERATION, "Monitoring", "sh", "| netcat")
 MONITOR_SHORTER = block(OPERATION, "Monitoring", "sh", "| nc -N")
 
 
+STATUS = block(OPERATION, "Monitoring", "", "version=")
+
+
+def names(reply: str) -> list[str]:
+    return [line.partition("=")[0] for line in reply.splitlines() if line]
+
+
 def shipped_rules(daemon: START) -> Daemon:
     """A daemon with the shipped rules."""
     return daemon(rules=json.loads((ROOT / "quotarules.json").read_text("utf-8")))
@@ -1260,7 +1291,7 @@ def test_try_it(daemon: START) -> None:
 def test_monitoring(daemon: START, netcat: str) -> None:
     require(netcat)
     port = ("10008", str(shipped_rules(daemon).port))
-    assert shell(MONITOR, ("netcat", netcat), port) == "action=OK\n\n"
+    assert names(shell(MONITOR, ("netcat", netcat), port)) == names(STATUS)
 
 
 @pytest.mark.parametrize("netcat", ["nc.openbsd -N", "nc.traditional -q1"])
@@ -1269,14 +1300,17 @@ def test_monitoring_without_the_empty_request(daemon: START, netcat: str) -> Non
     documented = re.sub(r"[.]openbsd|[.]traditional", "", netcat)
     assert f"`{documented}`" in DOCUMENTS[OPERATION]
     port = ("10008", str(shipped_rules(daemon).port))
-    assert shell(MONITOR_SHORTER, ("nc -N", netcat), port) == "action=OK\n\n"
+    assert names(shell(MONITOR_SHORTER, ("nc -N", netcat), port)) == names(STATUS)
 
 
 def test_monitoring_sees_a_database_that_is_down(daemon: START) -> None:
     require("nc.openbsd")
     started = daemon({"_sqlitefile": "missing/saslquota.db"})
-    said = shell(MONITOR, ("netcat", "nc.openbsd"), ("10008", str(started.port)))
-    assert said.startswith("action=DEFER_IF_PERMIT ")
+
+    def said() -> str:
+        return shell(MONITOR, ("netcat", "nc.openbsd"), ("10008", str(started.port)))
+
+    wait_for(lambda: "store=down" in said().splitlines(), 10, "it has tried")
 
 
 # --- The log --------------------------------------------------------------------------------------
@@ -1473,13 +1507,17 @@ def test_rows_that_are_locked(daemon: START, database: Database) -> None:
         wait_for(lambda: re.search(pattern(line), started.log()), 10, line)
 
 
-# --- Usage and unblocking -------------------------------------------------------------------------
+# --- At 3 a.m. ------------------------------------------------------------------------------------
 
-STATEMENTS = {
-    heading: [block(OPERATION, heading, "sql", word) for word in ("AS used", "AS sent", "'reset'")]
-    for heading in ("MySQL, MariaDB", "SQLite")
-}
-SQLITE_CLIENT = block(OPERATION, "SQLite", "sh")
+WHO_IS_IT = block(OPERATION, "Who is it?", "sh", "top")
+WHO_IT_IS = block(OPERATION, "Who is it?", "", "QUOTA")
+SHOW_HIM = block(OPERATION, "Who is it?", "sh", "show")
+SHOWN = block(OPERATION, "Who is it?", "", "refused until")
+BLOCK_HIM = block(OPERATION, "A password was stolen", "sh", "py block")
+UNBLOCK_HIM = block(OPERATION, "A password was stolen", "sh", "unblock")
+LET_HIM_SEND = block(OPERATION, "One sender is refused and must send now", "sh")
+STATUS_QUIET = block(OPERATION, "Monitoring", "sh", "status -q")
+SQLITE_CLIENT = block(OPERATION, "Logins that are not used any more", "sh")
 QUOTA = {"default": {"period": 3600, "msgquota": 5, "msg": "no more"}}
 Sql = Callable[[str], list[str]]
 
@@ -1491,12 +1529,9 @@ def sqlite_rows(path: Path, statement: str) -> list[str]:
 
 
 @pytest.fixture(params=["sqlite", "mariadb", "mysql"])
-def counting(
-    request: pytest.FixtureRequest, daemon: START
-) -> tuple[Daemon, Sql, Callable[[str], str]]:
-    """A daemon, what runs SQL in its ledger, and the documented statement with a word in it."""
-    heading = "SQLite" if request.param == "sqlite" else "MySQL, MariaDB"
-    if heading == "SQLite":
+def counting(request: pytest.FixtureRequest, daemon: START) -> tuple[Daemon, Sql]:
+    """A daemon, and what runs SQL in its ledger."""
+    if request.param == "sqlite":
         started = daemon(rules=QUOTA)
 
         def run_sql(statement: str) -> list[str]:
@@ -1508,122 +1543,109 @@ def counting(
         def run_sql(statement: str) -> list[str]:
             return database.sql(statement).splitlines()
 
-    def statement(word: str) -> str:
-        return next(sql for sql in STATEMENTS[heading] if word in sql)
-
-    return started, run_sql, statement
+    return started, run_sql
 
 
-Counting = tuple[Daemon, Sql, Callable[[str], str]]
+Counting = tuple[Daemon, Sql]
 
 
-def test_used_by(counting: Counting) -> None:
-    started, sql, statement = counting
-    used = statement("AS used")
+def is_sqlite(started: Daemon) -> bool:
+    return started.config["_store"] == "sqlite"
+
+
+def control(script: str, config: Path) -> str:
+    """Run documented commands of saslquotactl.py; status 1 is what needs a look."""
+    command = f"{sys.executable} {ROOT}/saslquotactl.py -c {config} "
+    lines = [f"{line} || [ $? = 1 ]\n" for line in script.splitlines()]
+    return shell("".join(lines), ("saslquotactl.py ", command))
+
+
+def used(config: Path) -> int:
+    """What Bob has used of his first window."""
+    lines = control(f"saslquotactl.py --json show {BOB}", config).splitlines()
+    return int(json.loads(lines[0])["used"])
+
+
+def test_a_password_was_stolen(counting: Counting) -> None:
+    """What the thief sends is refused within a second; the owner can send again at last."""
+    started, _ = counting
+    config = started.config_file
     with started.policy() as policy:
-        assert policy.ask(sasl_username="ann@example.com") == "OK"
-        assert sql(used) == []
-        assert policy.ask(sasl_username="Bob@Example.com") == "OK"
-        assert sql(used) == ["1"]
-        assert policy.ask(sasl_username=BOB, protocol_state="DATA", recipient_count=3) == "OK"
-        assert sql(used) == ["4"]
-        assert policy.ask(sasl_username=BOB, protocol_state="DATA", recipient_count=3)[:6] == (
-            "REJECT"
-        )
-        assert sql(used) == ["4"]
-        hour = "3600 SECOND" if "3600 SECOND" in used else "- 3600 *"
-        in_the_future = used.replace(hour, hour.replace("3600", "-3600"))
-        assert sql(in_the_future) == ["0"], "nothing that late: 0, not all"
-
-
-def age(sql: Sql, statement: Callable[[str], str], number: int) -> None:
-    """Let the first sends of each account leave the window."""
-    # SQLite's statements are exact to the second
-    older = "at - 3601000000" if "strftime" in statement("AS used") else "at - INTERVAL 1 HOUR"
-    sql(f"UPDATE sends SET at = {older} WHERE seq <= {number}")
-
-
-def test_used_by_leaves_out_what_is_older(counting: Counting) -> None:
-    started, sql, statement = counting
-    with started.policy() as policy:
-        assert [policy.ask(sasl_username=BOB) for _ in range(4)] == ["OK"] * 4
-    age(sql, statement, 3)
-    assert sql(statement("AS used")) == ["1"]
-    assert [row.split("\t")[:2] for row in sql(statement("AS sent"))] == [[BOB, "1"]]
-
-
-def test_top_senders(counting: Counting) -> None:
-    started, sql, statement = counting
-    with started.policy() as policy:
-        for user, number in (("ann@x.org", 2), (BOB, 5), ("eve@x.org", 1)):
-            assert (
-                policy.ask(sasl_username=user, protocol_state="DATA", recipient_count=number)
-                == "OK"
-            )
-    rows = [row.split("\t") for row in sql(statement("AS sent"))]
-    assert [row[:2] for row in rows] == [[BOB, "5"], ["ann@x.org", "2"], ["eve@x.org", "1"]]
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d+)?", rows[0][2])
-
-
-def test_unblock(counting: Counting) -> None:
-    """The sender is accepted within a second, the others are as before; again and again."""
-    started, sql, statement = counting
-    with started.policy() as policy:
-        for user in (BOB, "ann@x.org"):
-            assert [policy.ask(sasl_username=user) for _ in range(6)] == ["OK"] * 5 + [
-                "REJECT no more"
-            ]
-        for epoch in (2, 3):
-            sql(statement("'reset'"))
-            assert sql(statement("AS used")) == ["0"]
-            wait_for(lambda: policy.ask(sasl_username=BOB) == "OK", 1.2, "he is accepted")
-            assert [policy.ask(sasl_username=BOB) for _ in range(5)] == ["OK"] * 4 + [
-                "REJECT no more"
-            ]
-            assert sql(statement("AS used")) == ["5"]
-            assert sql(f"SELECT MAX(epoch) FROM sends WHERE account = '{BOB}'") == [str(epoch)]
-        assert policy.ask(sasl_username="ann@x.org") == "REJECT no more"
-    age(sql, statement, 3)
-    assert sql(statement("AS used")) == ["5"], "what is before the reset is not counted"
+        for number in range(6):
+            policy.ask(sasl_username=BOB, client_address=f"192.0.2.{number}")
+        assert BOB in control(WHO_IS_IT, config)
+        assert "5/5 in 1h, rule default (100%): refused until" in control(SHOW_HIM, config)
+        control(BLOCK_HIM, config)
+        wait_for(lambda: "may not send" in policy.ask(sasl_username=BOB), 1.2, "he is blocked")
+        assert f"blocked: 1\n  {BOB}: " in control("saslquotactl.py status", config)
+        control(UNBLOCK_HIM, config)
+        wait_for(lambda: policy.ask(sasl_username=BOB) == "OK", 1.2, "he may send")
     assert "unavailable" not in started.log()
 
 
-def test_unblock_nobody(counting: Counting) -> None:
-    started, sql, statement = counting
+def test_he_must_send_now(counting: Counting) -> None:
+    """He is accepted within a second, the others are as before."""
+    started, sql = counting
+    reset, grant = LET_HIM_SEND.splitlines()
     with started.policy() as policy:
-        assert policy.ask(sasl_username="ann@x.org") == "OK"
-    sql(statement("'reset'"))
-    assert sql("SELECT COUNT(*) FROM sends") == ["1"]
+        for user in (BOB, "ann@x.org"):
+            answers = [policy.ask(sasl_username=user) for _ in range(6)]
+            assert answers == ["OK"] * 5 + ["REJECT no more"]
+        control(reset, started.config_file)
+        assert used(started.config_file) == 0
+        wait_for(lambda: policy.ask(sasl_username=BOB) == "OK", 1.2, "he is accepted")
+        answers = [policy.ask(sasl_username=BOB) for _ in range(5)]
+        assert answers == ["OK"] * 4 + ["REJECT no more"]
+        assert used(started.config_file) == 5
+        control(grant.replace("18:00", "3h"), started.config_file)
+        wait_for(lambda: policy.ask(sasl_username=BOB) == "OK", 1.2, "he is accepted")
+        assert policy.ask(sasl_username="ann@x.org") == "REJECT no more"
+    assert sql(f"SELECT MAX(epoch) FROM sends WHERE account = '{BOB}'") == ["2"]
 
 
-def date_ahead(sql: Sql, statement: Callable[[str], str], seconds: int) -> None:
-    later = f"at + {seconds}000000" if "strftime" in statement("'reset'") else None
-    sql(f"UPDATE sends SET at = {later or f'at + INTERVAL {seconds} SECOND'}")
+def shapes(text: str) -> set[str]:
+    """The lines without what differs from one time and ledger to the next."""
+    text = re.sub(r"\d\d \w{3} \d\d:\d\d|\d\d:\d\d:\d\d", "TIME", text)
+    text = re.sub(r"\d+(?:\.\d+){3}", "ADDRESS", text)
+    return {" ".join(re.sub(r"\d+", "N", line).split()) for line in text.splitlines()}
 
 
-def test_used_by_counts_to_the_newest_send(counting: Counting) -> None:
-    """As the daemon does for a sender whose sends are dated ahead."""
-    started, sql, statement = counting
+def test_what_it_shows(local: Site) -> None:
+    home, cafe, *thief = (bytes([192, 0, 2, number]) for number in range(5))
+    local.sends(BOB, 3, ago=2 * DAY, client_address=home)
+    local.sends(BOB, 3, ago=7200, client_address=home)
+    for address in (cafe, *thief):
+        local.sends(BOB, 3, ago=60, client_address=address)
+        local.sends(BOB, 3, ago=60, client_address=address, sender="support@paypa1.example")
+    local.sends("newsletter@example.net", 60, ago=7200, client_address=home)
+    local.sends("newsletter@example.net", 1, client_address=home)
+    assert shapes(WHO_IT_IS) <= shapes(control("saslquotactl.py top", local.config))
+    assert shapes(SHOWN) <= shapes(control(SHOW_HIM, local.config))
+
+
+def test_nagios(daemon: START) -> None:
+    started = daemon()
     with started.policy() as policy:
-        assert [policy.ask(sasl_username=BOB) for _ in range(3)] == ["OK"] * 3
-        age(sql, statement, 1)
-        date_ahead(sql, statement, 7200)
-        assert sql(statement("AS used")) == ["2"]
+        assert policy.ask() == "OK"
+    command = f"{sys.executable} {ROOT}/saslquotactl.py -c {started.config_file} "
+    assert shell(STATUS_QUIET, ("saslquotactl.py ", command)) == ""
 
 
-def test_unblock_with_a_clock_that_went_back(counting: Counting) -> None:
-    """The reset is dated now, and takes the sender back to now."""
-    started, sql, statement = counting
+def test_reset_with_a_clock_that_went_back(counting: Counting) -> None:
+    """It is dated now, and takes the sender back to now."""
+    started, sql = counting
+    later = "at + 7200000000" if is_sqlite(started) else "at + INTERVAL 7200 SECOND"
     with started.policy() as policy:
         assert [policy.ask(sasl_username=BOB) for _ in range(5)] == ["OK"] * 5
-        date_ahead(sql, statement, 7200)
+        sql(f"UPDATE sends SET at = {later}")
         before = sql("SELECT MAX(at) FROM sends WHERE epoch = 1")
-        sql(statement("'reset'"))
+        assert used(started.config_file) == 5, "it counts to the newest send"
+        control(LET_HIM_SEND.splitlines()[0], started.config_file)
         wait_for(lambda: policy.ask(sasl_username=BOB) == "OK", 1.2, "he is accepted")
         assert [policy.ask(sasl_username=BOB) for _ in range(5)] == ["OK"] * 4 + ["REJECT no more"]
         assert sql("SELECT MAX(at) FROM sends WHERE epoch = 1") == before
         assert sql("SELECT MAX(at) FROM sends WHERE epoch = 2") < before
-        assert sql(statement("AS used")) == ["5"]
+        assert used(started.config_file) == 5
 
 
 REMOVE_UNUSED = {
@@ -1634,24 +1656,22 @@ REMOVE_UNUSED = {
 
 def test_remove_unused_logins(counting: Counting) -> None:
     """No count changes; whoever was removed begins as new."""
-    started, sql, statement = counting
-    is_sqlite = "strftime" in statement("AS used")
+    started, sql = counting
     with started.policy() as policy:
         for user, number in ((BOB, 5), ("ann@x.org", 2), ("ghost@x.org", 2), ("late@x.org", 1)):
             assert [policy.ask(sasl_username=user) for _ in range(number)] == ["OK"] * number
     started.stop()
 
     def date_back(days: int, which: str) -> None:
-        older = f"at - {days * 86400}000000" if is_sqlite else f"at - INTERVAL {days} DAY"
+        older = f"at - {days * 86400}000000" if is_sqlite(started) else f"at - INTERVAL {days} DAY"
         sql(f"UPDATE sends SET at = {older} WHERE {which}")
 
     date_back(31, "account = 'ghost@x.org' OR (account = 'ann@x.org' AND seq = 1)")
     date_back(29, "account = 'late@x.org'")
-    used = sql(statement("AS used"))
-    sql(REMOVE_UNUSED["SQLite" if is_sqlite else "MySQL, MariaDB"])
+    sql(REMOVE_UNUSED["SQLite" if is_sqlite(started) else "MySQL, MariaDB"])
     left = sql("SELECT account, COUNT(*) FROM sends GROUP BY account ORDER BY account")
     assert left == ["ann@x.org\t2", f"{BOB}\t5", "late@x.org\t1"]
-    assert sql(statement("AS used")) == used == ["5"]
+    assert used(started.config_file) == 5
     started.start()
     with started.policy() as policy:
         assert policy.ask(sasl_username=BOB) == "REJECT no more"
@@ -1680,12 +1700,11 @@ def test_the_sqlite_client(daemon: START) -> None:
     require("sqlite3")
     started = daemon(rules=QUOTA)
     with started.policy() as policy:
-        assert [policy.ask(sasl_username=BOB) for _ in range(6)][5] == "REJECT no more"
-        place = ("/var/lib/saslquota/saslquota.db", f"{started.directory}/saslquota.db")
-        script = f"{SQLITE_CLIENT.strip()} <<'END'\n{STATEMENTS['SQLite'][2]}"
-        script += "SELECT changes();\nEND\n"
-        assert shell(script, ("runuser -u saslquota -- ", ""), place) == "1\n"
-        wait_for(lambda: policy.ask(sasl_username=BOB) == "OK", 1.2, "he is accepted")
+        assert policy.ask(sasl_username=BOB) == "OK"
+    place = ("/var/lib/saslquota/saslquota.db", f"{started.directory}/saslquota.db")
+    script = f"{SQLITE_CLIENT.strip()} <<'END'\n{REMOVE_UNUSED['SQLite']}"
+    script += "SELECT changes();\nEND\n"
+    assert shell(script, ("runuser -u saslquota -- ", ""), place) == "0\n"
 
 
 # --- Upgrading ------------------------------------------------------------------------------------
@@ -1695,11 +1714,66 @@ DROP_INDEX = {
     "MySQL": block(UPGRADING, "From 2.0.0 to 2.1.0", "sql", "ALTER TABLE"),
     "SQLite": block(UPGRADING, "From 2.0.0 to 2.1.0", "sql", "IF EXISTS"),
 }
+ADD_TO_TABLES = block(UPGRADING, "From 2.0.0 to 2.1.0", "sh", "ADD COLUMN")
+# What 2.0's mysql.sql made, and how 2.0 writes into it.
+TABLE_OF_2_0 = """
+DROP TABLE IF EXISTS events, sends;
+CREATE TABLE sends (account VARCHAR(320) NOT NULL, seq BIGINT NOT NULL, epoch INT NOT NULL,
+    at DATETIME(6) NOT NULL, recipients INT NOT NULL, total BIGINT NOT NULL,
+    instance VARCHAR(64) NOT NULL, token BIGINT NOT NULL, PRIMARY KEY (account, seq),
+    KEY sends_at (at)) ENGINE=InnoDB DEFAULT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin;
+"""
+INSERT_OF_2_0 = (
+    "INSERT INTO sends (account, seq, epoch, at, recipients, total, instance, token)"
+    " VALUES ('{}', {}, 1, UTC_TIMESTAMP(6), 1, {}, '', 1)"
+)
 OLD_INDEX = "CREATE INDEX sends_window ON sends (account, epoch, at, seq, total, recipients)"
 OLD_TABLE = (
     "CREATE TABLE `{}` (`sasl_username` VARCHAR(320) NOT NULL, `date` DATETIME(6) NOT NULL,"
     " PRIMARY KEY (`sasl_username`, `date`)) ENGINE = InnoDB"
 )
+
+
+def test_the_tables_of_2_0_are_changed_while_it_counts(daemon: START, database: Database) -> None:
+    database.sql(TABLE_OF_2_0)
+    database.sql(INSERT_OF_2_0.format(BOB, 1, 1))
+    rules = {"default": {"period": "1h", "msgquota": 3, "msg": "enough"}}
+    old = daemon(database.config(), rules)
+    with old.policy() as policy:
+        assert policy.ask(sasl_username=BOB).startswith("DEFER_IF_PERMIT ")
+        said = wait_for_log(old, r'run mysql \S+ -e "ALTER TABLE sends')[0]
+        assert said[said.index('"ALTER') :] + "\n" in ADD_TO_TABLES
+        server = database.server
+        client = f"{server.CLIENT} --no-defaults -uroot -S{server.socket} {database.name}"
+        shell(ADD_TO_TABLES, ("mysql saslquota", client))
+        wait_for(lambda: policy.ask(sasl_username=BOB) == "OK", 10, "it counts")
+        database.sql(INSERT_OF_2_0.format(BOB, 3, 3))
+        assert policy.ask(sasl_username=BOB) == "REJECT enough"
+    assert database.sql("SELECT COUNT(*) FROM events") == "0"
+
+
+def test_a_sqlite_file_of_2_0_is_changed_at_the_start(
+    daemon: START, new_directory: Callable[[], Path]
+) -> None:
+    path = new_directory() / "old.db"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(
+            "CREATE TABLE sends (account TEXT NOT NULL, seq INTEGER NOT NULL, epoch INTEGER"
+            " NOT NULL, at INTEGER NOT NULL, recipients INTEGER NOT NULL, total INTEGER NOT NULL,"
+            " instance TEXT NOT NULL, token INTEGER NOT NULL, PRIMARY KEY (account, seq))"
+            " WITHOUT ROWID"
+        )
+        now = "CAST(strftime('%s', 'now') AS INTEGER) * 1000000"
+        connection.execute(f"INSERT INTO sends VALUES ('{BOB}', 1, 1, {now}, 1, 1, '', 1)")
+        connection.commit()
+    rules = {"default": {"period": "1h", "msgquota": 3, "msg": "enough"}}
+    one, two = (daemon({"_sqlitefile": str(path)}, rules) for _ in range(2))
+    for started, answer in ((one, "OK"), (two, "OK"), (one, "REJECT enough")):
+        with started.policy() as policy:
+            assert policy.ask(sasl_username=BOB, client_address="192.0.2.7") == answer
+    with closing(sqlite3.connect(path)) as connection:
+        found = connection.execute("SELECT CAST(client_address AS BLOB) FROM sends ORDER BY seq")
+        assert found.fetchall() == [(b"",), (b"\xc0\x00\x02\x07",), (b"\xc0\x00\x02\x07",)]
 
 
 class OldLog(NamedTuple):
@@ -1778,7 +1852,8 @@ def test_carry_the_counts_over(daemon: START, old_log: OldLog) -> None:
         assert accepted("josé@example.com") == 7
         assert accepted("jose@example.com") == 6
         assert accepted("old@example.com") == 8
-    assert old_log.database.sql(STATEMENTS["MySQL, MariaDB"][0]) == "4"  # two were carried over
+    rows = old_log.database.sql(f"SELECT MAX(total) FROM sends WHERE account = '{BOB}'")
+    assert rows == "8"  # six were carried over
 
 
 def test_carry_over_twice(old_log: OldLog) -> None:

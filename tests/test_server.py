@@ -683,3 +683,64 @@ def test_a_broken_rules_file_changes_nothing(daemon: StartDaemon) -> None:
         running.write_rules(quota(3))
         wait_for_log(running, "rules reloaded: default 3 in 3600 s")
         assert policy.ask() == "OK"
+
+
+# --- request=status -------------------------------------------------------------------------------
+
+
+def test_status(daemon: StartDaemon) -> None:
+    began = int(time.time())
+    running = daemon(rules=ONE_EACH)
+    with running.policy() as policy:
+        first = policy.status()
+        assert (first["first_request_at"], first["last_request_at"]) == ("", "")
+        assert [policy.ask(), policy.ask()] == ["OK", "REJECT over quota"]
+    with running.policy() as policy, running.policy() as other:
+        other.ask(sasl_username="b@x")
+        other.ask(sasl_username="")
+        other.ask(protocol_state="CONNECT")
+        found = policy.status()
+    counted = {name: value for name, value in found.items() if name.startswith("requests_")}
+    assert counted == {
+        "requests_accepted": "2",
+        "requests_refused": "1",
+        "requests_held": "0",
+        "requests_not_enforced": "0",
+        "requests_fallback": "0",
+        "requests_no_login": "1",
+        "requests_uncounted": "1",
+    }
+    assert (found["version"], found["store"], found["down_since"]) == ("2.1.0", "up", "")
+    assert (found["rules_valid"], found["log_lines_lost"]) == ("yes", "0")
+    assert (found["accounts_remembered"], found["connections"]) == ("2", "2")
+    assert began <= int(found["first_request_at"]) <= int(found["last_request_at"])
+    assert began - 1 <= int(found["rules_read_at"]) <= time.time() + 1
+    assert 0 <= int(found["uptime"]) < 60
+
+
+def test_status_costs_no_log_line(daemon: StartDaemon) -> None:
+    running = daemon()
+    before = running.output.read_text("utf-8")
+    with running.policy() as policy:
+        policy.status()
+        policy.ask()
+    wait_for_log(running, "action=ACCEPT")
+    after = running.output.read_text("utf-8").removeprefix(before)
+    assert "status" not in after
+
+
+def test_status_of_broken_rules_and_of_a_store_that_is_down(daemon: StartDaemon) -> None:
+    running = daemon(rules=ONE_EACH)
+    with running.policy() as policy:
+        policy.ask()
+        (running.directory / "quotarules.json").write_text("{", "utf-8")
+        wait_for(lambda: policy.status()["rules_valid"] == "no", 10, "the rules are read")
+        file = running.directory / "saslquota.db"
+        file.rename(running.directory / "gone.db")
+        file.mkdir()
+        began = int(time.time())
+        wait_for(lambda: policy.ask(sasl_username="c@x").startswith("DEFER"), 10, "it is down")
+        found = policy.status()
+        assert found["store"] == "down"
+        assert began - 1 <= int(found["down_since"]) <= time.time() + 1
+        assert int(found["requests_fallback"]) >= 1

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+import urllib.request
 
 from helpers import StartSupervisor
 from servers.daemon import PolicyClient
@@ -41,3 +42,17 @@ def test_start_crash_and_stop(supervisor: StartSupervisor) -> None:
 def test_bad_configuration_says_so_in_its_log(supervisor: StartSupervisor) -> None:
     started = supervisor({"_bindport": "many"})
     wait_for(lambda: "_bindport" in started.program_log(), 20, "the reason")
+
+
+def test_the_watch_runs_beside_it(supervisor: StartSupervisor) -> None:
+    """It serves what it is told to, and ends in good order."""
+    port, http = free_port(), free_port()
+    started = supervisor({"_bindport": port, "_http": f"127.0.0.1:{http}"})
+    for name in ("saslquota", "saslquota-watch"):
+        wait_for(lambda: "RUNNING" in started.ctl("status", name), 20, name)  # noqa: B023
+    wait_for(lambda: is_listening(http), 20, "it listens")
+    with urllib.request.urlopen(f"http://127.0.0.1:{http}/metrics", timeout=20) as reply:
+        assert b"\nsaslquota_up 1\n" in reply.read()
+    assert "saslquota-watch: stopped" in started.ctl("stop", "saslquota-watch")
+    assert "stopped: saslquota-watch (exit status 0)" in started.log()
+    assert is_listening(port)

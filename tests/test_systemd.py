@@ -1,4 +1,4 @@
-"""The shipped systemd unit: it is valid, closed up, and like the supervisord configuration."""
+"""The shipped systemd units: valid, closed up, and like the supervisord configuration."""
 
 import configparser
 import re
@@ -10,31 +10,34 @@ import pytest
 from helpers import require
 from servers.process import ROOT
 
-UNIT = ROOT / "contrib/systemd/saslquota.service"
+UNITS = sorted((ROOT / "contrib/systemd").glob("*.service"))
+PROGRAMS = ["saslquota", "saslquota-watch"]
 SUPERVISOR = ROOT / "saslquota_supervisor.conf"
 EXPOSURE = 2.0  # of 10, the most that `systemd-analyze security` may find
 
 
-def settings() -> dict[str, list[str]]:
+def settings(program: str) -> dict[str, list[str]]:
     """Each setting of the unit with its values."""
     found: dict[str, list[str]] = {}
-    for name, value in re.findall(r"^(\w+)=(.*)$", UNIT.read_text("utf-8"), re.MULTILINE):
+    (unit,) = (unit for unit in UNITS if unit.stem == program)
+    for name, value in re.findall(r"^(\w+)=(.*)$", unit.read_text("utf-8"), re.MULTILINE):
         found.setdefault(name, []).append(value)
     return found
 
 
-@pytest.fixture
-def unit(new_directory: Callable[[], Path]) -> Path:
-    """The unit with a program that exists and a user that exists."""
+@pytest.fixture(params=UNITS, ids=lambda unit: unit.stem)
+def unit(new_directory: Callable[[], Path], request: pytest.FixtureRequest) -> Path:
+    """A unit with a program that exists and a user that exists."""
     require("systemd-analyze")
-    text = UNIT.read_text("utf-8")
+    shipped_unit: Path = request.param
+    text = shipped_unit.read_text("utf-8")
     for shipped, here in (
         ("ExecStart=/opt/saslquota/venv/bin/python ", "ExecStart=/bin/sh "),
         ("User=saslquota\nGroup=saslquota", "User=daemon\nGroup=daemon"),
     ):
         assert shipped in text
         text = text.replace(shipped, here)
-    path = new_directory() / UNIT.name
+    path = new_directory() / shipped_unit.name
     path.write_text(text, "utf-8")
     return path
 
@@ -63,10 +66,12 @@ def test_exposure(unit: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_as_under_supervisord() -> None:
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_as_under_supervisord(name: str) -> None:
     shipped = configparser.ConfigParser(interpolation=None)
     shipped.read_string(SUPERVISOR.read_text("utf-8"))
-    program, unit = shipped["program:saslquota"], settings()
+    assert [unit.stem for unit in UNITS] == sorted(PROGRAMS, reverse=True)
+    program, unit = shipped[f"program:{name}"], settings(name)
     assert unit["ExecStart"] == [program["command"]]
     assert unit["WorkingDirectory"] == [program["directory"]]
     assert unit["User"] == [program["user"]]
@@ -77,7 +82,7 @@ def test_as_under_supervisord() -> None:
 
 def test_it_starts_with_the_right_time_and_before_postfix() -> None:
     """It does not pull the target in (systemd.special(7)): not every machine has such a service."""
-    unit = settings()
+    unit = settings("saslquota")
     (after,), (before,) = unit["After"], unit["Before"]
     assert {"network.target", "time-sync.target", "mariadb.service"} <= set(after.split())
     assert before == "postfix.service"

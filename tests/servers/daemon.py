@@ -20,6 +20,9 @@ from servers.process import IS_ROOT, ROOT, Process, clean_environment
 
 SHIPPED = (
     "saslquota.py",
+    "saslquotactl.py",
+    "saslquotapage.py",
+    "saslquotawatch.py",
     "saslquota.json",
     "quotarules.json",
     "mysql.sql",
@@ -175,6 +178,12 @@ class PolicyClient:
         line, end = self._stream.readline(), self._stream.readline()
         assert (line[:7], line[-1:], end) == (b"action=", b"\n", b"\n"), (line, end)
         return line[7:-1].decode("utf-8")
+
+    def status(self) -> dict[str, str]:
+        """Ask the daemon how it is."""
+        self.send(b"request=status\n\n")
+        lines = iter(self._stream.readline, b"\n")
+        return dict(line.decode().rstrip("\n").split("=", 1) for line in lines)
 
     def unread(self) -> int:
         """Tell how many bytes have come that nobody has read."""

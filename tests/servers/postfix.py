@@ -84,6 +84,8 @@ class Postfix(Process):
             "mydestination": "",
             "alias_maps": "",
             "default_transport": "discard",
+            # Debian 12's Postfix has this path built in, Debian 13's has it in its main.cf
+            "cyrus_sasl_config_path": str(self.config / "sasl"),
             "in_flow_delay": "0",
             # a client that tries again until its window has passed is not slowed down, nor cut off
             "smtpd_error_sleep_time": "0",
@@ -143,6 +145,9 @@ class Postfix(Process):
     def postconf(self, *arguments: str) -> str:
         """Return what postconf says about this instance."""
         return run(["postconf", "-c", self.config, *arguments])
+
+    def postsuper(self, *arguments: str) -> None:
+        run(["postsuper", "-c", self.config, *arguments])
 
     def warnings(self) -> list[str]:
         """Return the log's lines of trouble, but for `postfix check` on the private sasldb2, and

@@ -45,7 +45,7 @@ class Supervisor(Process):
             assert shipped in text, f"saslquota_supervisor.conf does not name {shipped}"
             text = text.replace(shipped, private)
         text, found = re.subn(r"^user=saslquota\n", "", text, flags=re.MULTILINE)
-        assert found == 1, "saslquota_supervisor.conf does not run it as user saslquota"
+        assert found == 2, "saslquota_supervisor.conf does not run both as user saslquota"
         return text
 
     def command(self) -> Sequence[str | Path]:
@@ -71,3 +71,32 @@ class Supervisor(Process):
         """Return the daemon's process id while it is RUNNING, else 0."""
         match = re.search(r"RUNNING\s+pid (\d+)", self.ctl("status", "saslquota"))
         return int(match[1]) if match else 0
+
+
+class EmptySupervisor(Process):
+    """A supervisord that runs nothing yet, with Debian's include line for a private conf.d."""
+
+    def __init__(self, directory: Path, port: int) -> None:
+        super().__init__(directory, "supervisord")
+        self.port = port
+        self.socket = directory / "control.sock"
+        self.config = directory / "supervisord.conf"
+        for name in ("conf.d", "log"):
+            (directory / name).mkdir()
+        self.config.write_text(
+            f"[unix_http_server]\nfile={self.socket}\n"
+            f"[supervisord]\nlogfile={directory}/supervisord.log\npidfile={directory}/pid\n"
+            "[rpcinterface:supervisor]\n"
+            "supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface\n"
+            f"[supervisorctl]\nserverurl=unix://{self.socket}\n"
+            f"[include]\nfiles={directory}/conf.d/*.conf\n"
+        )
+
+    def command(self) -> Sequence[str | Path]:
+        return ["supervisord", "--nodaemon", "--configuration", self.config]
+
+    def environment(self) -> dict[str, str]:
+        return clean_environment({"_bindport": self.port, "_loghandler": "stdout"})
+
+    def is_ready(self) -> bool:
+        return self.socket.exists()
