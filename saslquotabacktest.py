@@ -47,7 +47,7 @@ class Replayed:
         refusing = (w for w in rule.windows if w.enforce and w.action != "HOLD")
         self.windows = rule.windows if measure else tuple(refusing)
         self.quotas = [0 if measure else window.msgquota for window in self.windows]
-        self.charged = self, *pools
+        self.due = [(account, 1) for account in (self, *pools)]  # charged for one recipient
         self.accepted: dict[str, bool] = {}  # messages by their instance
         self.sends = self.sent = self.refused = self.first = 0  # `sent`, `refused`: recipients
         self.limit = Window(0, 0)  # what refused first
@@ -79,12 +79,17 @@ class Replayed:
         self.sends += 1
         self.sent += recipients
         accepted = self.accepted.get(instance)
-        due = [
-            (account, 1 if account.by_message else recipients)
-            for account in self.charged
-            if not (accepted and account.by_message)
-        ]
-        full = [w for account, cost in due if account.room < cost for w in account.full(cost, at)]
+        due = self.due
+        if accepted or recipients > 1:
+            due = [
+                (account, 1 if account.by_message else recipients)
+                for account, _ in due
+                if not (accepted and account.by_message)
+            ]
+        full: list[Window] = []
+        for account, cost in due:
+            if account.room < cost:
+                full += account.full(cost, at)
         if full or accepted is False:
             longest = max(full, key=lambda window: window.period, default=self.limit)
             if longest.count == "messages" and instance:
