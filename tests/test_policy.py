@@ -715,6 +715,14 @@ def test_the_sender(policy: Decider, rows: Rows, sender: str, stored: str) -> No
     assert rows("sender") == [(stored,)]
 
 
+@pytest.mark.parametrize("sender", ["ALICE@example.com", "alice@example.com"])
+def test_a_sender_that_is_the_login_in_either_spelling(
+    policy: Decider, rows: Rows, sender: str
+) -> None:
+    check(policy, request("ALICE@example.com", sender=sender))
+    assert rows("sender") == [("",)]
+
+
 def test_addresses_need_not_be_stored(make: Make, rows: Rows) -> None:
     check(make(storeaddress=False), request())
     assert rows("CAST(client_address AS BLOB), sender") == [(b"", "a@x.br")]
