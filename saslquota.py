@@ -2325,7 +2325,7 @@ class Accounts:
         self._cache: collections.OrderedDict[str, CachedAccount] = collections.OrderedDict()
         # seq and ahead_until of accounts that are ahead, for when the rest has been forgotten
         self._ahead: collections.OrderedDict[str, tuple[int, int]] = collections.OrderedDict()
-        self._retry_searches = RateLimit(RETRY_SEARCH_INTERVAL)
+        self.retry_searches = RateLimit(RETRY_SEARCH_INTERVAL)
         self.are_shared = False  # with other daemons: their heads move, and are read each time
 
     def __len__(self) -> int:
@@ -2465,7 +2465,7 @@ class Accounts:
         at = window.reached(total)
         if at is None and total <= account.total:
             at = account.at
-            if self._retry_searches.allows():
+            if self.retry_searches.allows():
                 start = account.time(now) - period * 1_000_000
                 search = Search(account, period, start, window.gone, account.seq, total)
                 at = next((e.at for _, found in self._search([search]) for e in found), at)

@@ -255,7 +255,6 @@ EVENT = ("account", "number", "kind", "author", "note", "amount", "epoch", *TIME
 ORDERS = ("grant", "block", "unblock")
 NO_POOL = f"SUBSTR(account, 1, {len(POOL_PREFIX)}) <> '{POOL_PREFIX}'"
 ADDRESS = "CASE WHEN LENGTH(client_address) > 0 THEN client_address END"  # NULL: not known
-saslquota.RETRY_SEARCH_INTERVAL = 0.0  # nobody waits while it is searched when a mail fits
 Row = dict[str, Any]
 Debits = tuple[Debit, ...]
 
@@ -347,6 +346,7 @@ def measure(session: Session, charges: Sequence[Debits]) -> list[list[Row]]:
     orders = saslquota.Orders(store, session.config.retentiondays * 24 * HOUR, time.monotonic)
     for lot in (charges[begin : begin + LOT] for begin in range(0, len(charges), LOT)):
         accounts = Accounts(store, saslquota.Clock(store, time.monotonic), time.monotonic)
+        accounts.retry_searches = saslquota.RateLimit(0.0)  # nobody waits meanwhile
         now = accounts.refresh([debit for debits in lot for debit in debits], take_locks=False)
         orders.refresh(now.clock)
         for debits in lot:

@@ -225,7 +225,7 @@ def test_check_of_mysql_that_lets_nobody_in(
 
 
 def test_check_of_mysql_without_the_table(shipped: Path, database: Database) -> None:
-    database.sql("DROP TABLE sends")
+    database.sql("DROP TABLE sends, events")
     status, line = mysql_check(shipped, database)
     assert status == 1
     assert f"run mysql {database.name} < mysql.sql" in line

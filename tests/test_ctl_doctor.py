@@ -1042,7 +1042,7 @@ def test_without_postfix(
 def test_a_broken_main_cf(well: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     Path(well[-1], "master.cf").write_text("smtp inet\n")
     assert saslquotactl.main(well) == 2
-    assert "bad field count\n1 problems" in capsys.readouterr().out
+    assert "bad field count\n1 problem," in capsys.readouterr().out
 
 
 def test_without_being_root(well: list[str], new_directory: Callable[[], Path]) -> None:
