@@ -57,6 +57,7 @@ class Postfix(Process):
         users: Sequence[str] = ("alice@example.com",),
     ) -> None:
         super().__init__(directory, "postfix")
+        self._starts = 0
         self.config = directory / "etc"
         self.queue = directory / "queue"
         self.port, self.tls_port = free_port(), free_port()
@@ -137,10 +138,11 @@ class Postfix(Process):
     def start(self) -> None:
         """Let Postfix make its queue directories, and start it."""
         run(["postfix", "-c", self.config, "check"])
+        self._starts += 1
         super().start()
 
     def is_ready(self) -> bool:
-        return "daemon started" in self.log()
+        return self.log().count("daemon started") >= self._starts
 
     def postconf(self, *arguments: str) -> str:
         """Return what postconf says about this instance."""
