@@ -3538,6 +3538,7 @@ class Policy:
         return Answer(action, rule, verdict, msg=msg, login=message.login)
 
 
+@functools.lru_cache(1000)  # Postfix asks for each recipient
 def packed_address(text: str) -> bytes:
     """An IP address in network order; b"" if the text is none."""
     try:
