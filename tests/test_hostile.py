@@ -273,10 +273,14 @@ def test_silent_connections_make_room_first(daemon: StartDaemon) -> None:
 def test_changed_rules_are_read_when_descriptors_are_free_again(daemon: StartDaemon) -> None:
     """That they could not be read when they changed must not make the daemon miss the change."""
     running = daemon(QUIET, {"default": {"period": 60, "msgquota": 1, "msg": "old"}})
-    with running.policy() as policy:
+    with ExitStack() as stack, running.policy() as policy:
         assert policy.ask() == "OK"
         hard = resource.prlimit(running.pid, resource.RLIMIT_NOFILE)
-        used = max(int(name) for name in os.listdir(f"/proc/{running.pid}/fd")) + 1
+        used = highest = -1
+        while used <= highest:  # until none below the highest is free
+            stack.enter_context(running.policy()).ask()
+            descriptors = os.listdir(f"/proc/{running.pid}/fd")
+            used, highest = len(descriptors), max(map(int, descriptors))
         resource.prlimit(running.pid, resource.RLIMIT_NOFILE, (used, hard[1]))
         running.write_rules({"default": {"period": 60, "msgquota": 1, "msg": "new"}})
         wait_for_log(running, "rules not reloaded")
