@@ -685,9 +685,7 @@ class Config:
     notifyhost: str = setting("localhost:25", read_address(25, optional=False))  # the mail server
     notifyaddresses: int = setting(0, read_int(0, 100_000))  # new ones in a day; 0: not told
     notifyuser: bool = setting(False, read_switch)  # whether the user is told, too
-    http: str = setting(
-        "", read_address(10009, optional=True)
-    )  # where metrics and the page are; "" is nowhere
+    http: str = setting("", read_address(10009, optional=True))  # of metrics and page; "": nowhere
 
     def beside(self, name: str) -> Path:
         """A path that a setting holds: relative to the configuration file."""
@@ -1782,7 +1780,7 @@ class MySQLStore(Store):
         self.run(self.TRY_INSERT)
 
     def now(self) -> int:
-        (row,) = self.run("SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(6))")
+        (row,) = self.run(f"SELECT {self.TIME.format('UTC_TIMESTAMP(6)')}")
         return int(row[0])
 
     def _execute(self, sql: str, values: Sequence[Value]) -> list[Any]:

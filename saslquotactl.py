@@ -318,6 +318,12 @@ def read_events(store: Store, which: str, values: Sequence[Value] = ()) -> list[
     return [dict(zip(EVENT, row, strict=True)) for row in store.run(sql, values)]
 
 
+def newest_orders(store: Store) -> Iterable[Row]:
+    """The last order of each account, whether it is in force or not."""
+    orders = read_events(store, f"kind IN {ORDERS}")
+    return {order["account"]: order for order in reversed(orders)}.values()
+
+
 def is_in_force(order: Row | None, kind: str, now: int) -> bool:
     return order is not None and order["kind"] == kind and (order["until"] or math.inf) > now
 
@@ -457,6 +463,15 @@ def sends_of(store: Store, account: str, start: int) -> tuple[list[Row], list[Ro
     return senders, addresses
 
 
+def describe_origins(rows: Iterable[Row], name: str, now: int) -> list[str]:
+    """Lines of senders or addresses, see sends_of(); `name` is their column."""
+    cells = []
+    for row in rows:
+        times = [format_moment(row[time], now) for time in ("first", "last")]
+        cells.append([row["sent"], *times, row[name], "new" if row.get("new") else ""])
+    return [f"  {line}" for line in table(cells)]
+
+
 def show(session: Session, arguments: argparse.Namespace) -> int:
     account, store, most = session.account(arguments.LOGIN), session.store, arguments.LINES
     events = read_events(store, "account = ?", [account])[:most]
@@ -469,16 +484,13 @@ def show(session: Session, arguments: argparse.Namespace) -> int:
     new, sent = [row["new"] for row in addresses], sum(row["sent"] for row in senders)
     seen = "none known from before" if None in new else f"{sum(new)} of them never seen before"
     is_shown = new and account == spelled(account)
-    many = f"as {len(senders)} sender{'s' * (len(senders) != 1)}, from {len(addresses)} address"
+    many = f"as {counted(len(senders), 'sender')}, from {len(addresses)} address"
     many += f"{'es' * (len(addresses) != 1)}{f', {seen}' if is_shown else ''}"
     lines = [f"{spelled(account)}:", *(f"  {describe_fullness(use, now)}" for use in uses)]
     lines.append(f"sent since {format_moment(start, now)}: {sent}{f', {many}' if sent else ''}")
     for rows, name in ((senders, "sender"), (addresses, "client_address")):
-        cells = []
-        for row in rows[:most]:
-            times = [format_moment(row[time], now) for time in ("first", "last")]
-            cells.append([row["sent"], *times, row[name], "new" if row.get("new") else ""])
-        lines += ["", *(f"  {line}" for line in table(cells))] if cells else []
+        found = describe_origins(rows[:most], name, now)
+        lines += ["", *found] if found else []
     lines += [""] if events else []
     lines += [f"{format_moment(e['at'], now)}  {describe_event(e, now)}" for e in events]
     kinds = {"window": uses, "sender": senders[:most], "address": addresses[:most], "event": events}
@@ -570,9 +582,9 @@ def store_parts(session: Session) -> Iterator[Part]:
     near.sort(key=lambda use: -use["percent"])
     cells = [[f"{use['percent']}%", spelled(use["account"]), describe_use(use)] for use in near]
     yield listed("near the limit", near, table(cells), WARNING)
-    orders = {row["account"]: row for row in reversed(read_events(store, f"kind IN {ORDERS}"))}
+    orders = newest_orders(store)
     for kind, title, level in (("block", "blocked", WARNING), ("grant", "granted more", OK)):
-        rows = [order for order in orders.values() if is_in_force(order, kind, now)]
+        rows = [order for order in orders if is_in_force(order, kind, now)]
         lines = [f"{spelled(row['account'])}: {describe_event(row, now)}" for row in rows]
         yield listed(title, rows, lines, level)
 
@@ -883,10 +895,9 @@ def metrics_text(said: Mapping[str, str], counted: Mapping[str, int]) -> str:
 def count_for_metrics(store: Store) -> dict[str, int]:
     now = store.now()
     events = read_events(store, "kind = 'refused' AND at >= TIME", [now - 25 * HOUR])
-    orders = {row["account"]: row for row in reversed(read_events(store, f"kind IN {ORDERS}"))}
     refused = {event["account"] for event in events if (event["last"] or 0) >= now - HOUR}
     untold = sum(not event["told"] and event["at"] >= now - 24 * HOUR for event in events)
-    blocked = sum(is_in_force(order, "block", now) for order in orders.values())
+    blocked = sum(is_in_force(order, "block", now) for order in newest_orders(store))
     found = len(refused), blocked, untold
     return dict(zip(("refused_senders", "blocked_senders", "incidents_untold"), found, strict=True))
 

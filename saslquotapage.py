@@ -213,8 +213,7 @@ def refused_now(session: Session, events: Iterable[Row]) -> Iterator[Sequence[ob
 
 
 def ordered(session: Session, kind: str, verb: str) -> Iterator[Sequence[object]]:
-    orders = ctl.read_events(session.store, f"kind IN {ctl.ORDERS}")
-    for order in {order["account"]: order for order in reversed(orders)}.values():
+    for order in ctl.newest_orders(session.store):
         if ctl.is_in_force(order, kind, session.now):
             todo = tag("code", command(verb, order["account"]))
             yield spelled(order["account"]), ctl.describe_event(order, session.now), todo

@@ -171,11 +171,8 @@ def tell_in_full(session: Session, event: Row, now: int) -> list[str]:
     sent = f"{sum(row['sent'] for row in senders)}, as {len(senders)} senders{text}"
     lines.append(f"Sent since {format_moment(start, now)}: {sent}{':' * bool(senders)}")
     for rows, name in ((senders[:5], "sender"), (addresses[:10], "client_address")):
-        cells = []
-        for row in rows:
-            times = [format_moment(row[time], now) for time in ("first", "last")]
-            cells.append([row["sent"], *times, row[name], "new" if row.get("new") else ""])
-        lines += [*(f"  {line}" for line in ctl.table(cells)), ""] if cells else []
+        found = ctl.describe_origins(rows, name, now)
+        lines += [*found, ""] if found else []
     return [*lines, *advice(account)]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import StartDaemon
+from helpers import StartDaemon, mysql_config
 from servers.daemon import Daemon
 from servers.mariadb import Database, session
 from servers.process import wait_for, wait_for_log
@@ -17,6 +17,7 @@ from servers.process import wait_for, wait_for_log
 from saslquota import (
     Events,
     Incidents,
+    MySQLStore,
     Refused,
     Request,
     SQLiteStore,
@@ -176,10 +177,6 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     if request.param == "sqlite":
         found: Any = SQLiteStore(tmp_path / "ledger.db", 1)
     else:
-        from helpers import mysql_config
-
-        from saslquota import MySQLStore
-
         found = MySQLStore(mysql_config(request.getfixturevalue("database")))
     found.open()
     yield found
