@@ -1390,7 +1390,7 @@ class Store:
         if entries:
             row = f"(?, ?, ?, {self.BIND_TIME}, ?, ?, ?, ?, ?, ?)"
             rows = ", ".join([row] * len(entries))
-            values = [value for entry in entries for value in entry]
+            values: list[Any] = list(itertools.chain.from_iterable(entries))
             self.run(f"INSERT INTO sends ({COLUMNS}) VALUES {rows}", values)
             self.insert_took = self.statement_took
         if self._in_locking_transaction:
@@ -1998,14 +1998,6 @@ RETRY_SEARCH_INTERVAL = 0.1  # seconds between two searches for when a charge fi
 LEAST_ROWS = 4  # remembered of each window, however many windows an account has
 
 
-class Origin(NamedTuple):
-    """Where a send came from, as Entry holds it."""
-
-    instance: str
-    client_address: bytes = b""
-    sender: str = ""
-
-
 class Debit(NamedTuple):
     """A number of recipients, or messages, for one account, and the windows it must be within."""
 
@@ -2016,10 +2008,12 @@ class Debit(NamedTuple):
 
 class Charge(NamedTuple):
     """A send: a debit of the sender's own account, then those of the pools. All are charged, or
-    none."""
+    none. The rest is kept with it, as Entry holds it."""
 
-    origin: Origin
+    instance: str
     debits: tuple[Debit, ...]
+    client_address: bytes = b""
+    sender: str = ""
 
     @property
     def account(self) -> str:
@@ -2220,15 +2214,26 @@ class CachedAccount:
         base = window.base(self.time(now) - period * 1_000_000, self.total)
         return None if base is None else self.total - base
 
-    def append(self, recipients: int, origin: Origin, now: Now, token: int) -> Entry:
+    def append(self, charge: Charge, recipients: int, now: Now, token: int) -> Entry:
+        """The entry of a debit of this charge."""
         self.at = self.ahead_until = self.time(now)
         if self.at > now.clock:
             self._stay_ahead()
         for window in self.windows.values():
             window.append(self.at, self.total)
         self.seq, self.total = self.seq + 1, self.total + recipients
-        counted = self.name, self.seq, self.epoch, self.at, recipients, self.total
-        return Entry(*counted, origin.instance, token, origin.client_address, origin.sender)
+        return Entry(
+            self.name,
+            self.seq,
+            self.epoch,
+            self.at,
+            recipients,
+            self.total,
+            charge.instance,
+            token,
+            charge.client_address,
+            charge.sender,
+        )
 
     def begin_anew(self) -> None:
         """The next entry begins an epoch."""
@@ -2636,40 +2641,48 @@ class Decision:
         self._token = random.getrandbits(63)
         self.appended: list[Entry] = []
         self._anew: list[str] = []  # accounts that begin an epoch with the charge judged last
-        self._pools: dict[str, tuple[int, Origin]] = {}  # recipients, and the first instance
+        self._pools: dict[str, tuple[int, Charge]] = {}  # recipients, and the first of them
 
     def judge(self, charge: Charge) -> Verdict:
         """Decide a charge; accept() is about the last one that was."""
         charge = self._orders.applied_to(charge, self._now.clock)
+        self._anew = []
         usages = self._usages(charge)
         over = [usage for usage in usages if usage.is_over]
-        self._anew = [u.debit.account for u in over if u.window.enforce and self._begins_anew(u)]
-        if self._anew:
-            renewed = self._usages(charge, self._anew)
-            over = [usage for usage, new in zip(usages, renewed, strict=True) if new.is_over]
-            if any(usage.window.enforce for usage in over):
-                self._anew = []  # for a send that is not accepted nothing begins
-            else:
-                usages, over = renewed, [usage for usage in renewed if usage.is_over]
-        if not over:
-            usage = usages[0] if len(usages) == 1 else max(usages, key=lambda usage: usage.fullness)
-            return Verdict(True, usage.used + usage.debit.recipients, usage.window)
-        return self._judge_excess(over)
+        if over:
+            usages, over = self._renewed(charge, usages, over)
+        if over:
+            return self._judge_excess(over)
+        usage = usages[0] if len(usages) == 1 else max(usages, key=lambda usage: usage.fullness)
+        return Verdict(True, usage.used + usage.debit.recipients, usage.window)
 
-    def _usages(self, charge: Charge, anew: Sequence[str] = ()) -> list[Usage]:
+    def _usages(self, charge: Charge) -> list[Usage]:
         """What is used of each window; of accounts that begin anew what this batch has accepted."""
         usages = []
         for debit in charge.debits:
             account = self._accounts[debit.account]
             pending = self._pools[debit.account][0] if debit.account in self._pools else 0
+            is_new = debit.account in self._anew
             for window in debit.windows:
                 used = account.used(window.period, self._now)
                 assert used is not None, "refresh() has read what was unknown"
-                if debit.account in anew:
-                    usages.append(Usage(debit, window, pending, pending))
-                else:
-                    usages.append(Usage(debit, window, used + pending, account.total + pending))
+                before = (0, 0) if is_new else (used, account.total)
+                usages.append(Usage(debit, window, before[0] + pending, before[1] + pending))
         return usages
+
+    def _renewed(
+        self, charge: Charge, usages: list[Usage], over: list[Usage]
+    ) -> tuple[list[Usage], list[Usage]]:
+        """What is used, and what the charge is over, once the accounts have begun anew that may."""
+        self._anew = [u.debit.account for u in over if u.window.enforce and self._begins_anew(u)]
+        if self._anew:
+            renewed = self._usages(charge)
+            over = [usage for usage, new in zip(usages, renewed, strict=True) if new.is_over]
+            if any(usage.window.enforce for usage in over):
+                self._anew = []  # for a send that is not accepted nothing begins
+            else:
+                usages, over = renewed, [usage for usage in renewed if usage.is_over]
+        return usages, over
 
     def _begins_anew(self, usage: Usage) -> bool:
         return self._orders.begins_anew(self._accounts[usage.debit.account], self._now.clock)
@@ -2690,20 +2703,20 @@ class Decision:
             self._accounts[name].begin_anew()
         for name, recipients, _ in charge.debits:
             if name.startswith(POOL_PREFIX):
-                so_far, first = self._pools.get(name, (0, Origin(charge.origin.instance)))
+                so_far, first = self._pools.get(name, (0, charge))
                 self._pools[name] = so_far + recipients, first
             else:
-                self._append(name, recipients, charge.origin)
+                self._append(name, recipients, charge)
 
-    def _append(self, name: str, recipients: int, origin: Origin) -> None:
+    def _append(self, name: str, recipients: int, charge: Charge) -> None:
         account = self._accounts[name]
-        self.appended.append(account.append(recipients, origin, self._now, self._token))
+        self.appended.append(account.append(charge, recipients, self._now, self._token))
 
     def entries(self) -> list[Entry]:
         """What makes the verdicts true, in the order in which accounts are locked: lock_order()."""
         senders = sorted(self.appended)
-        for name, (recipients, origin) in sorted(self._pools.items()):
-            self._append(name, recipients, origin)
+        for name, (recipients, first) in sorted(self._pools.items()):
+            self._append(name, recipients, Charge(first.instance, ()))
         return senders + self.appended[len(senders) :]
 
     def _last_to_free(self, over: Sequence[Usage]) -> tuple[Usage, float | None]:
@@ -3413,14 +3426,15 @@ class Answer(NamedTuple):
     @property
     def outcome(self) -> str:
         """One of OUTCOMES."""
-        if not self.verdict:
+        verdict = self.verdict
+        if not verdict:
             no_login = "no_login" if self.reason == NO_LOGIN else "uncounted"
             return "fallback" if self.rule else no_login
-        if not self.verdict.over_quota:
+        if not verdict.over_quota:
             return "accepted"
-        if not self.verdict.accepted:
+        if not verdict.accepted:
             return "refused"
-        return "held" if self.verdict.window.enforce else "not_enforced"
+        return "held" if verdict.window.enforce else "not_enforced"
 
 
 class Message:
@@ -3503,16 +3517,13 @@ class Policy:
             for rule in rules
             if not (rule.per_message and message.is_charged)
         ]
-        return Charge(self._origin(request, instance, login), tuple(debits))
-
-    def _origin(self, request: Request, instance: str, login: str) -> Origin:
         sender = request.sender
         if sender in (request.sasl_username, login):
             sender = ""
         elif sender:
             sender = valid_utf8(sender)[:MAX_ACCOUNT]
         address = packed_address(request.client_address) if self._stores_address else b""
-        return Origin(instance, address, sender)
+        return Charge(instance, tuple(debits), address, sender)
 
     def _uncounted(self, request: Request, login: str) -> Answer | None:
         """The answer to a request that no rule applies to."""

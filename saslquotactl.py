@@ -356,7 +356,7 @@ def measure(session: Session, charges: Sequence[Debits]) -> list[list[Row]]:
         now = accounts.refresh([debit for debits in lot for debit in debits], take_locks=False)
         orders.refresh(now.clock)
         for debits in lot:
-            charge = orders.applied_to(saslquota.Charge(saslquota.Origin(""), debits), now.clock)
+            charge = orders.applied_to(saslquota.Charge("", debits), now.clock)
             uses.append([u for d in charge.debits for u in uses_of(accounts, orders, d, now)])
     return uses
 

@@ -28,7 +28,6 @@ from saslquota import (
     Debit,
     Ledger,
     Message,
-    Origin,
     Outage,
     Policy,
     Request,
@@ -121,7 +120,7 @@ def mysql_config(database: Database, **changes: object) -> Config:
 
 def lone_charge(account: str, cost: int, instance: str, windows: tuple[Window, ...]) -> Charge:
     """Return a send of a sender above whom there is no pool."""
-    return Charge(Origin(instance), (Debit(account, cost, windows),))
+    return Charge(instance, (Debit(account, cost, windows),))
 
 
 def new_committer(ledger: Ledger, timeout: float) -> Committer:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from servers.audit import SECOND
 
 import saslquota
-from saslquota import Charge, Debit, Entry, Origin, StoreError, Verdict, Window
+from saslquota import Charge, Debit, Entry, StoreError, Verdict, Window
 
 pytestmark = pytest.mark.usefixtures("exact_retries")
 
@@ -641,7 +641,7 @@ class SharedRun:
         for account, n, pools in sends:
             names = [account, "POOL @x", "POOL *"] if pools else [account]
             debits = tuple(Debit(name, n, WINDOWS[name]) for name in names)
-            batch.append(Charge(Origin(f"i{next(self.fleet.instances)}"), debits))
+            batch.append(Charge(f"i{next(self.fleet.instances)}", debits))
         with suppress(StoreError):
             verdicts = self.fleet.ledgers[daemon].charge(batch, NEVER)
             for one, verdict in zip(batch, verdicts, strict=True):

@@ -23,7 +23,6 @@ from saslquota import (
     Entry,
     Ledger,
     MySQLStore,
-    Origin,
     SQLiteStore,
     Unavailable,
     Verdict,
@@ -86,7 +85,7 @@ def test_a_larger_charge_is_decided_by_itself(committer: Committer) -> None:
 def test_a_refusal_by_a_pool_is_none_without_it(committer: Committer) -> None:
     full = Debit("POOL *", 1, (Window(3600, 0),))
     own = Debit("a", 1, HOUR)
-    refused = submit(committer, Charge(Origin(""), (own, full)))
+    refused = submit(committer, Charge("", (own, full)))
     assert refused
     assert not refused.accepted
     assert ask(committer).accepted
@@ -374,7 +373,7 @@ def test_what_a_charge_needs_of_a_locked_account_falls_back_at_once(
     for name, reply in replies.items():
         if name == "pooled":
             debits = (Debit("x", 1, HOUR), Debit("locked", 1, HOUR))
-            committer.submit(Charge(Origin(""), debits), reply)
+            committer.submit(Charge("", debits), reply)
         else:
             committer.submit(one_of(name), reply)
         assert stuck.entered.wait(5)

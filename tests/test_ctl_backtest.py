@@ -27,7 +27,6 @@ from saslquota import (
     Entry,
     Message,
     MySQLStore,
-    Origin,
     Policy,
     Request,
     Rule,
@@ -101,7 +100,7 @@ def record(fleet: Fleet, steps: Sequence[Step]) -> list[tuple[int, str, int, str
             if step.recipients:
                 accounts = step.account, f"POOL @{step.account[-1]}", "POOL *"
                 debits = tuple(Debit(name, step.recipients, NO_LIMIT) for name in accounts)
-                charge(fleet, Charge(Origin(instance), debits))
+                charge(fleet, Charge(instance, debits))
             else:
                 reset(fleet, step.account)
             history.append((at, step.account, step.recipients, instance))

@@ -21,7 +21,6 @@ from saslquota import (
     Conflict,
     Debit,
     Entry,
-    Origin,
     StoreError,
     TimedOut,
     Unavailable,
@@ -352,7 +351,7 @@ def test_several_daemons_never_let_more_through_than_the_quota(
                 with suppress(StoreError):
                     verdicts = fleet.ledgers[daemon].charge(batch, NEVER)
                     pairs = zip(batch, verdicts, strict=True)
-                    accepted += [charge.origin.instance for charge, v in pairs if v.accepted]
+                    accepted += [charge.instance for charge, v in pairs if v.accepted]
             elif what == "wait":
                 assert isinstance(value, int)
                 fleet.world.now += value
@@ -535,7 +534,7 @@ def test_what_nobody_waits_for_is_not_charged(fleet: StartFleet) -> None:
     """Nor does it count against those behind it."""
     one = fleet()
     pool = Debit("POOL *", 1, (Window(60, 3),))
-    batch = [Charge(Origin(name), (Debit(name, 1, (Window(60, 9),)), pool)) for name in "abcde"]
+    batch = [Charge(name, (Debit(name, 1, (Window(60, 9),)), pool)) for name in "abcde"]
     verdicts = one.ledgers[0].charge(batch, NEVER, lambda index: index not in (0, 2))
     assert [verdict.accepted for verdict in verdicts] == [False, True, False, True, True]
     assert [row.account for row in one.rows()] == ["POOL *", "b", "d", "e"]
@@ -611,8 +610,6 @@ def test_pools_are_locked_last(fleet: StartFleet) -> None:
 
     one.stores[0].append = note  # type: ignore[method-assign]
     pools = (Debit("POOL @x", 1, (Window(60, 9),)), Debit("POOL *", 1, (Window(60, 9),)))
-    batch = [
-        Charge(Origin(""), (Debit(name, 1, (Window(60, 9),)), *pools)) for name in ("b@x", "a@x")
-    ]
+    batch = [Charge("", (Debit(name, 1, (Window(60, 9),)), *pools)) for name in ("b@x", "a@x")]
     one.ledgers[0].charge(batch, NEVER)
     assert written == ["a@x", "b@x", "POOL *", "POOL @x"]

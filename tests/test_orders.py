@@ -24,7 +24,6 @@ from saslquota import (
     Ledger,
     MySQLStore,
     Order,
-    Origin,
     SQLiteStore,
     TimedOut,
     Verdict,
@@ -108,7 +107,7 @@ def test_what_a_pool_refuses_begins_no_count_anew(fleet: StartFleet) -> None:
     pool = Debit("POOL *", 1, (Window(3600, 12),))
 
     def charge(*debits: Debit) -> Verdict:
-        (verdict,) = one.ledgers[0].charge([Charge(Origin(""), debits)], NEVER)
+        (verdict,) = one.ledgers[0].charge([Charge("", debits)], NEVER)
         return verdict
 
     own = Debit("a@x", 1, HOUR)
@@ -157,7 +156,7 @@ def test_a_pool_may_be_granted_more(fleet: StartFleet) -> None:
     pool = Debit("POOL @x", 1, HOUR)
 
     def send() -> bool:
-        charge = Charge(Origin(""), (Debit("a@x", 1, (Window(60, 100),)), pool))
+        charge = Charge("", (Debit("a@x", 1, (Window(60, 100),)), pool))
         return one.ledgers[0].charge([charge], NEVER)[0].accepted
 
     assert [send() for _ in range(6)].count(True) == 5
@@ -174,8 +173,7 @@ def test_several_sends_of_a_pool_in_one_batch_begin_its_count_anew(fleet: StartF
 
     def batch(number: int) -> int:
         charges = [
-            Charge(Origin(""), (Debit(f"{n}@x", 1, (Window(60, 100),)), pool))
-            for n in range(number)
+            Charge("", (Debit(f"{n}@x", 1, (Window(60, 100),)), pool)) for n in range(number)
         ]
         return [v.accepted for v in one.ledgers[0].charge(charges, NEVER)].count(True)
 

@@ -325,7 +325,7 @@ class Counted:
                 self.outages += 1
             else:
                 pairs = zip(batch, verdicts, strict=True)
-                self.accepted += [charge.origin.instance for charge, v in pairs if v.accepted]
+                self.accepted += [charge.instance for charge, v in pairs if v.accepted]
         self.ledger.close()
 
     def __enter__(self) -> "Counted":

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from servers.audit import SECOND
 
 import saslquota
-from saslquota import Charge, Debit, Entry, Origin, StoreError, Verdict, Window
+from saslquota import Charge, Debit, Entry, StoreError, Verdict, Window
 
 pytestmark = pytest.mark.usefixtures("exact_retries")
 
@@ -60,7 +60,7 @@ def charges(draw: st.DrawFn) -> Charge:
     parts += [Debit(pool, draw(COST), draw(POOL_PREFIX)) for pool in pools]
     if len(parts) > 1 and draw(st.integers(0, 5)) == 0:
         del parts[0]  # a message that its sender has been charged for already
-    return Charge(Origin(""), tuple(parts))
+    return Charge("", tuple(parts))
 
 
 class Full(NamedTuple):
@@ -187,8 +187,7 @@ def test_a_pool_has_one_row_for_each_batch(fleet: StartFleet) -> None:
     one = fleet()
     parts = (Debit("POOL @x", 2, (window(60, 5),)), Debit("POOL *", 1, (window(60, 9),)))
     batch = [
-        Charge(Origin(f"i{n}"), (Debit(name, 1, (window(60, 9),)), *parts))
-        for n, name in enumerate("abc")
+        Charge(f"i{n}", (Debit(name, 1, (window(60, 9),)), *parts)) for n, name in enumerate("abc")
     ]
     verdicts = one.ledgers[0].charge(batch, NEVER)
     assert [verdict.accepted for verdict in verdicts] == [True, True, False]
@@ -207,7 +206,7 @@ def test_another_daemons_pool_is_noticed_by_collision(fleet: StartFleet) -> None
     pool = Debit("POOL *", 1, (window(60, 3),))
     accepted = []
     for n in range(6):
-        charge = Charge(Origin(f"i{n}"), (Debit(f"user{n}", 1, (window(60, 9),)), pool))
+        charge = Charge(f"i{n}", (Debit(f"user{n}", 1, (window(60, 9),)), pool))
         accepted += [v.accepted for v in two.ledgers[n % 2].charge([charge], NEVER)]
     assert accepted == [True] * 3 + [False] * 3
     assert [row.account for row in two.rows()] == ["POOL *"] * 3 + ["user0", "user1", "user2"]
@@ -235,7 +234,7 @@ SHARED_STEPS = st.one_of(
 
 def send(login: str, cost: int, instance: str) -> Charge:
     parts = (Debit(login, cost, SENDER), Debit(f"POOL @{login[-1]}", cost, DOMAIN))
-    return Charge(Origin(instance), (*parts, Debit("POOL *", cost, SERVICE)))
+    return Charge(instance, (*parts, Debit("POOL *", cost, SERVICE)))
 
 
 @pytest.mark.slow
@@ -255,7 +254,7 @@ def test_several_daemons_keep_every_window_and_charge_all_or_none(
                 batch = [send(login, n, f"i{next(some.instances)}") for login, n in value]
                 with suppress(StoreError):
                     pairs = zip(batch, some.ledgers[daemon].charge(batch, NEVER), strict=True)
-                    accepted += [charge.origin.instance for charge, v in pairs if v.accepted]
+                    accepted += [charge.instance for charge, v in pairs if v.accepted]
             elif what == "wait":
                 assert isinstance(value, int)
                 some.world.now += value
