@@ -6,10 +6,15 @@ workers begin here, too: with `-u -c CODE`, as it would start Python.
 """
 
 import contextlib
+import os
 import sys
 
 with contextlib.suppress(ImportError):
     import _mysql_connector  # noqa: F401
+
+# Most of what the tests start is Python that would be compiled anew each time.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 if __name__ == "__main__":
     if sys.argv[1:3] == ["-u", "-c"]:

@@ -40,7 +40,7 @@ def copy_shipped(directory: Path) -> Path:
 
 
 class Daemon(Process):
-    """`python saslquota.py -c FILE` in a directory of its own; everything it logs is in log().
+    """`python -m saslquota -c FILE` in a directory of its own; everything it logs is in log().
 
     config and rules are what an administrator would write into the two files; for config there
     are DEFAULTS (and a free port), and None leaves a key out. env holds settings too.
@@ -82,10 +82,11 @@ class Daemon(Process):
         (self.directory / "quotarules.json").write_text(text, "utf-8")
 
     def command(self) -> Sequence[str | Path]:
-        return [sys.executable, ROOT / "saslquota.py", "-c", self.config_file]
+        """A module is compiled once for all tests, a script again by each of its starts."""
+        return [sys.executable, "-m", "saslquota", "-c", self.config_file]
 
     def environment(self) -> dict[str, str]:
-        return clean_environment(self.env)
+        return clean_environment(self.env) | {"PYTHONPATH": str(ROOT)}
 
     def start(self) -> None:
         """Start it (again), and wait for this run's start-up line."""
