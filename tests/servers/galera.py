@@ -76,7 +76,7 @@ class GaleraNode(MariaDB):
         return done.stdout.rpartition("\t")[2].strip() if done.returncode == 0 else ""
 
     def is_ready(self) -> bool:
-        return self.status("wsrep_local_state_comment") == "Synced"
+        return self._listens() and self.status("wsrep_local_state_comment") == "Synced"
 
 
 class Galera(Cluster[GaleraNode]):
