@@ -1,6 +1,10 @@
 """A private MySQL server: Debian sid's, as tests/get-mysql has unpacked it."""
 
+import os
+import shutil
+import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -28,7 +32,19 @@ class MySQL(MariaDB):
     SERVER = MYSQL / "bin" / "mysqld"
 
     def _install(self) -> None:
+        """Copy an empty installation, which takes a hundredth of the time to make one."""
+        data, template = self.directory / "data", MYSQL / f"empty-{os.geteuid()}"
+        if template.exists():
+            shutil.copytree(template, data)
+            return
         run([self.SERVER, *self._options(), "--initialize-insecure"])
+        (data / "auto.cnf").unlink()  # the server's UUID: each makes its own when it starts
+        if os.access(MYSQL, os.W_OK):
+            new = Path(tempfile.mkdtemp(dir=MYSQL))
+            shutil.copytree(data, new, dirs_exist_ok=True)
+            with suppress(OSError):  # another worker has been faster
+                new.rename(template)
+            shutil.rmtree(new, ignore_errors=True)
 
     def _options(self) -> list[str]:
         return [
