@@ -17,7 +17,7 @@ from hypothesis import HealthCheck
 from servers.daemon import Daemon
 from servers.mariadb import Database
 from servers.postfix import Postfix
-from servers.process import IS_ROOT, ROOT, clean_environment
+from servers.process import IS_ROOT, clean_environment, with_module
 from servers.supervisor import Supervisor
 
 from saslquota import (
@@ -88,8 +88,8 @@ def example_files(kind: str) -> list[Path]:
 def saslquota_py(*arguments: str | Path, **environ: object) -> tuple[int, list[str]]:
     """Exit status and lines of a run that must end by itself, and never with a traceback."""
     done = subprocess.run(
-        [sys.executable, ROOT / "saslquota.py", *arguments],
-        env=clean_environment(environ),
+        [sys.executable, "-m", "saslquota", *arguments],
+        env=with_module(clean_environment(environ)),
         capture_output=True,
         text=True,
         timeout=30,

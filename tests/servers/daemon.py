@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from servers.ports import LOOPBACK, free_port
-from servers.process import IS_ROOT, ROOT, Process, clean_environment
+from servers.process import IS_ROOT, ROOT, Process, clean_environment, with_module
 
 SHIPPED = (
     "saslquota.py",
@@ -82,11 +82,10 @@ class Daemon(Process):
         (self.directory / "quotarules.json").write_text(text, "utf-8")
 
     def command(self) -> Sequence[str | Path]:
-        """A module is compiled once for all tests, a script again by each of its starts."""
         return [sys.executable, "-m", "saslquota", "-c", self.config_file]
 
     def environment(self) -> dict[str, str]:
-        return clean_environment(self.env) | {"PYTHONPATH": str(ROOT)}
+        return with_module(clean_environment(self.env))
 
     def start(self) -> None:
         """Start it (again), and wait for this run's start-up line."""

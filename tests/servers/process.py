@@ -78,6 +78,12 @@ def clean_environment(settings: Mapping[str, object] | None = None) -> dict[str,
     return kept | {name: str(value) for name, value in (settings or {}).items()}
 
 
+def with_module(environment: dict[str, str]) -> dict[str, str]:
+    """Let `python -m saslquota` find ours. It is compiled once, saslquota.py by each start."""
+    before = environment.get("PYTHONPATH")
+    return environment | {"PYTHONPATH": f"{before}{os.pathsep}{ROOT}" if before else str(ROOT)}
+
+
 class Process:
     """A program of ours: its output is in a file, and its process id stops it.
 
