@@ -40,11 +40,10 @@ class MySQL(MariaDB):
         run([self.SERVER, *self._options(), "--initialize-insecure"])
         (data / "auto.cnf").unlink()  # the server's UUID: each makes its own when it starts
         if os.access(MYSQL, os.W_OK):
-            new = Path(tempfile.mkdtemp(dir=MYSQL))
-            shutil.copytree(data, new, dirs_exist_ok=True)
-            with suppress(OSError):  # another worker has been faster
-                new.rename(template)
-            shutil.rmtree(new, ignore_errors=True)
+            with tempfile.TemporaryDirectory(dir=MYSQL) as new:
+                shutil.copytree(data, Path(new, "data"))
+                with suppress(OSError):  # another worker has been faster
+                    Path(new, "data").rename(template)
 
     def _options(self) -> list[str]:
         return [
