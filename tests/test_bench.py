@@ -43,6 +43,19 @@ def users_of_peers() -> list[str]:
     return [line for line in Path("/etc/passwd").read_text().splitlines() if line.startswith(PEERS)]
 
 
+def bench(*options: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run it on the tiny load; it must find nothing wrong."""
+    done = subprocess.run(
+        [ROOT / "bench" / "run", "--quick", *options],
+        capture_output=True,
+        text=True,
+        timeout=580,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
 @pytest.mark.server
 @pytest.mark.slow
 @pytest.mark.timeout(600)
@@ -51,17 +64,8 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
     require("mariadbd", "cc", "perl", "apt-get")
     shutil.copy(ROOT / "saslquota.py", tmp_path / "before.py")
     before = files_of_peers(), users_of_peers()
-    command: list[str | Path] = [ROOT / "bench" / "run", "--quick", "--loads", "1,16"]
-    command += ["--rows", "ceiling,insert,mariadb,sqlite,postfwd,prl-sqlite"]
-    command += ["--baseline", tmp_path / "before.py"]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=580,
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    rows = ["--rows", "ceiling,insert,mariadb,sqlite,postfwd,prl-sqlite", "--loads", "1,16"]
+    done = bench(*rows, "--scale", "hot-window,start", "--baseline", tmp_path / "before.py")
     for row in ("ceiling", "one committed INSERT", *OURS):
         assert f"| {row}" in done.stdout, done.stdout + done.stderr
     # A peer that this system cannot run, as Debian 13 cannot postfwd 1, loses its row, and says so.
@@ -73,5 +77,6 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
         assert f"| {row}, baseline " in done.stdout, done.stdout + done.stderr
     assert "of baseline" in done.stdout
     assert (ROOT / "bench" / ".venv" / "bin" / "policyd-rate-limit").exists()
+    bench("--rows", "none")  # all cases, without a baseline, which starts and fills all twice
     assert (files_of_peers(), users_of_peers()) == before
     assert processes_of_bench() == []
