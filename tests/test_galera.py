@@ -90,10 +90,10 @@ def use_up(daemons: Sequence[Daemon]) -> list[str]:
 def test_a_node_is_killed_and_comes_back(
     galera: Galera, shared: Database, daemon: StartDaemon
 ) -> None:
-    quota = 1500
+    quota = 800
     daemons = three_daemons(galera, shared, daemon, 3600, quota)
     ports = [running.port for running in daemons]
-    with Load(ports, SENDERS, connections=9, pause=0.02) as load:
+    with Load(ports, SENDERS, connections=9, pause=0.06) as load:
         load.wait(OK, 20, 100)
         for victim in (galera.nodes[1], galera.nodes[0]):
             victim.kill()
@@ -115,10 +115,10 @@ def test_a_node_is_killed_and_comes_back(
 def test_a_node_is_frozen(galera: Galera, shared: Database, daemon: StartDaemon) -> None:
     """The others drop it after a while; when it wakes it joins them again, and its daemons'
     INSERTs, which it still holds, do no harm."""
-    quota = 1500
+    quota = 800
     daemons = three_daemons(galera, shared, daemon, 3600, quota)
     ports = [running.port for running in daemons]
-    with Load(ports, SENDERS, connections=9, pause=0.02) as load:
+    with Load(ports, SENDERS, connections=9, pause=0.06) as load:
         load.wait(OK, 20, 100)
         for victim in (galera.nodes[2], galera.nodes[0]):
             victim.freeze()
@@ -177,7 +177,7 @@ def clocked(galera: Galera, shared: Database) -> Iterator[Database]:
 def test_clocks_minutes_apart(galera: Galera, clocked: Database, daemon: StartDaemon) -> None:
     """Exact by the ledger's own times, which are those of the fastest clock."""
     daemons = three_daemons(galera, clocked, daemon, 2, 60)
-    with Load([d.port for d in daemons], SENDERS, connections=9, pause=0.01) as load:
+    with Load([d.port for d in daemons], SENDERS, connections=9, pause=0.02) as load:
         load.wait(REFUSED, 20, 20)
         for offsets in ((0, 240, -180), (240, -180, 0)):
             for node, seconds in zip(galera.nodes, offsets, strict=True):

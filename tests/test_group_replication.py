@@ -45,14 +45,14 @@ def test_nodes_that_write_the_same_accounts(group: Group, daemon: StartDaemon) -
     daemons = [daemon({**config, "_myhost": group.hosts(n)}, rules) for n in range(3)]
     ports = [running.port for running in daemons]
     with Load(ports, ["busy@example.com"], connections=6, pause=0) as busy:
-        busy.wait(OK, 120, 2000)
+        busy.wait(OK, 120, 600)
     assert {sample.reply for sample in busy.samples} == {OK}
     with Load(ports, SENDERS, connections=9, pause=0.01) as load:
-        load.wait(OK, 60, 500)
+        load.wait(OK, 60, 300)
         load.wait(REFUSED, 20, 50)
         assert DEFERRED not in {sample.reply for sample in load.samples}
         group.nodes[2].kill()
-        load.wait(OK, 30, 300)
+        load.wait(OK, 30, 200)
     load.assert_answered(LATEST + 3)
     rows = [row for row in assert_same_everywhere(group, shared) if row.account in SENDERS]
     audit(rows, load.accepted(), lambda _: (5, 60))

@@ -62,7 +62,7 @@ class Load:
         accounts: Sequence[str] = NARROW + WIDE,
         *,
         connections: int = 12,
-        pause: float = 0.015,
+        pause: float = 0.03,
     ) -> None:
         self.samples: list[Sample] = []
         self._ports = [ports] if isinstance(ports, int) else list(ports)
