@@ -116,7 +116,13 @@ class Postfix(Process):
         (self.config / "master.cf").write_text(master)
 
     def _make_certificate(self) -> None:
-        make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=test"]
+        kind = [
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:prime256v1",
+        ]  # RSA takes 20 times as long
+        make = ["openssl", "req", "-x509", *kind, "-nodes", "-subj", "/CN=test"]
         run([*make, "-keyout", self.config / "key.pem", "-out", self.config / "cert.pem"])
 
     def _make_users(self, users: Sequence[str]) -> None:
