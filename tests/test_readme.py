@@ -28,6 +28,7 @@ from fleet import StartFleet
 from helpers import DAY, in_background, require
 from servers.daemon import Daemon, PolicyClient, copy_shipped
 from servers.mariadb import Database, MariaDB, session
+from servers.mysql import MySQL
 from servers.ports import LOOPBACK, free_port, is_listening
 from servers.postfix import Postfix, any_certificate, is_accepted
 from servers.process import ROOT, Process, clean_environment, run, wait_for, wait_for_log
@@ -426,10 +427,11 @@ class Panel:
 
 
 def test_limits_from_a_database(daemon: START, each_server: MariaDB) -> None:
-    """50,000 of them, while the daemon serves."""
+    """50,000 of them, while the daemon serves. (MySQL need not show the same again.)"""
+    boxes = 500 if isinstance(each_server, MySQL) else 50_000
     started = daemon()
     panel = Panel(each_server, started)
-    panel.add(*((f"box{number}@example.com", number % 100) for number in range(50_000)))
+    panel.add(*((f"box{number}@example.com", number % 100) for number in range(boxes)))
     panel.add(("josé@example.com", 2), ('"a b"@example.com', 1), ("o''neil@example.com", 1))
 
     def serve() -> None:
@@ -440,10 +442,10 @@ def test_limits_from_a_database(daemon: START, each_server: MariaDB) -> None:
         wait_for_log(started, "rules reloaded: ")
     assert modes(panel.rules) == ["0o644"]
     assert panel.files() == {"quotarules.json", "quotarules.sql", "quotarules.check"}
-    assert len(json.loads(panel.rules.read_text("utf-8"))) == 1 + 49_500 + 3
+    assert len(json.loads(panel.rules.read_text("utf-8"))) == 1 + boxes * 99 // 100 + 3
     with started.policy() as policy:
         for login, quota in (
-            ("box49903@example.com", 3),
+            (f"box{boxes - 97}@example.com", 3),
             ("josé@example.com", 2),
             ('"a b"@example.com', 1),
             ("o'neil@example.com", 1),
