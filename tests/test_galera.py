@@ -90,10 +90,10 @@ def use_up(daemons: Sequence[Daemon]) -> list[str]:
 def test_a_node_is_killed_and_comes_back(
     galera: Galera, shared: Database, daemon: StartDaemon
 ) -> None:
-    quota = 800
+    quota = 1200
     daemons = three_daemons(galera, shared, daemon, 3600, quota)
     ports = [running.port for running in daemons]
-    with Load(ports, SENDERS, connections=9, pause=0.06) as load:
+    with Load(ports, SENDERS, connections=9, pause=0.1) as load:
         load.wait(OK, 20, 100)
         for victim in (galera.nodes[1], galera.nodes[0]):
             victim.kill()
@@ -115,10 +115,10 @@ def test_a_node_is_killed_and_comes_back(
 def test_a_node_is_frozen(galera: Galera, shared: Database, daemon: StartDaemon) -> None:
     """The others drop it after a while; when it wakes it joins them again, and its daemons'
     INSERTs, which it still holds, do no harm."""
-    quota = 800
+    quota = 1200
     daemons = three_daemons(galera, shared, daemon, 3600, quota)
     ports = [running.port for running in daemons]
-    with Load(ports, SENDERS, connections=9, pause=0.06) as load:
+    with Load(ports, SENDERS, connections=9, pause=0.1) as load:
         load.wait(OK, 20, 100)
         for victim in (galera.nodes[2], galera.nodes[0]):
             victim.freeze()
