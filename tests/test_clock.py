@@ -571,7 +571,7 @@ class Run:
 
 @pytest.mark.slow
 @pytest.mark.no_cover  # which takes as long again
-@examples(500)
+@examples(300)
 @given(st.lists(STEPS, min_size=5, max_size=50))
 def test_one_daemon_equals_the_model(steps: list[tuple[str, Any]]) -> None:
     with tempfile.TemporaryDirectory(dir=fast_directory()) as directory:
@@ -686,7 +686,7 @@ class SharedRun:
 
 @pytest.mark.slow
 @pytest.mark.no_cover  # which takes as long again
-@examples(500)
+@examples(300)
 @given(
     st.lists(SKEWS, min_size=DAEMONS, max_size=DAEMONS),
     st.lists(SHARED_STEPS, min_size=10, max_size=60),

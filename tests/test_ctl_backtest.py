@@ -153,7 +153,7 @@ def replayed(store: Store, rules: Rules) -> Outcome:
 
 @pytest.mark.slow
 @pytest.mark.no_cover
-@examples(150)
+@examples(80)
 @given(steps=HISTORIES, rules=some_rules())
 def test_backtest_refuses_what_the_ledger_would_have_refused(
     steps: list[Step], rules: Rules
@@ -171,7 +171,7 @@ def test_backtest_refuses_what_the_ledger_would_have_refused(
 
 @pytest.mark.slow
 @pytest.mark.no_cover
-@examples(60)
+@examples(40)
 @given(steps=HISTORIES, period=st.sampled_from([5, 20]), n=st.sampled_from([0, 1, 3]))
 def test_the_recommended_limit_refuses_as_many_logins_as_it_says(
     steps: list[Step], period: int, n: int

@@ -153,7 +153,7 @@ def expected(data: bytes) -> tuple[list[str], bool]:
     return actions, True
 
 
-@examples(400)
+@examples(250)
 @given(st.lists(st.one_of(REQUESTS, ATTRIBUTES, JUNK), max_size=6), st.integers(1, 70_000))
 def test_read_request(stream: list[bytes], size: int) -> None:
     """Any bytes, in pieces of any size: as many requests as there are, and nothing unexpected."""
@@ -222,7 +222,7 @@ def talk(daemon: Daemon, pieces: list[bytes]) -> tuple[bytes, bool]:
 
 
 @pytest.mark.slow
-@examples(400)
+@examples(250)
 @given(stream=STREAMS)
 def test_the_daemon(running: Daemon, stream: list[bytes]) -> None:
     received, whole = talk(running, stream)

@@ -284,7 +284,7 @@ class Model:
 
 @pytest.mark.slow
 @pytest.mark.no_cover  # which takes as long again
-@examples(500)
+@examples(300)
 @given(st.lists(STEPS, min_size=5, max_size=50))
 def test_one_daemon_equals_the_model_at_every_step(steps: list[tuple[str, object]]) -> None:
     with tempfile.TemporaryDirectory(dir=fast_directory()) as directory:
@@ -335,7 +335,7 @@ QUOTA = (Window(10, 7), Window(60, 15))
 
 @pytest.mark.slow
 @pytest.mark.no_cover  # which takes as long again
-@examples(500)
+@examples(300)
 @given(st.lists(SKEWED_STEPS, min_size=10, max_size=60))
 def test_several_daemons_never_let_more_through_than_the_quota(
     steps: list[tuple[str, int, object]],

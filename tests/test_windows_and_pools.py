@@ -149,7 +149,7 @@ STEPS = st.one_of(
 @pytest.mark.parametrize("remembered", [2, saslquota.WINDOW_CACHE_ROWS])
 @pytest.mark.slow
 @pytest.mark.no_cover  # which takes as long again
-@examples(500)
+@examples(300)
 @given(steps=st.lists(STEPS, min_size=5, max_size=40))
 def test_one_daemon_equals_the_model(remembered: int, steps: list[tuple[str, object]]) -> None:
     """With little remembered, the store must say when enough sends have left."""
@@ -239,7 +239,7 @@ def send(login: str, cost: int, instance: str) -> Charge:
 
 @pytest.mark.slow
 @pytest.mark.no_cover  # which takes as long again
-@examples(500)
+@examples(300)
 @given(st.lists(SHARED_STEPS, min_size=10, max_size=50))
 def test_several_daemons_keep_every_window_and_charge_all_or_none(
     steps: list[tuple[str, int, object]],
