@@ -416,6 +416,7 @@ class Load:
     warmup: float = 1.0
     senders: int = 1000
     requests: int = 0
+    slice: float = 0  # seconds
     in_turn: bool = False
     own_senders: bool = False
     accepted: str = "action=OK"
@@ -426,6 +427,7 @@ class Load:
         options = ["-c", str(self.connections), "-s", str(self.senders), "-a", self.accepted]
         options += ["-r", self.refused] if self.refused else []
         options += ["-N"] if self.fresh else []
+        options += ["-i", str(self.slice)] if self.slice else []
         options += ["-o"] if self.in_turn else []
         options += ["-O"] if self.own_senders else []
         if self.requests:
@@ -448,6 +450,7 @@ class Result:
     load_cpu: float = 0
     daemon_cpu: float = 0  # microseconds of processor for each decision
     extra: float = 0
+    slices: Sequence[float] = ()  # the rate in each slice, where it was asked for
 
 
 def run_load(daemons: Sequence[Daemon], load: Load) -> Result:
