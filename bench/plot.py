@@ -118,7 +118,7 @@ def panel(axis: str, title: str, series: dict[str, Points]) -> list[str]:
 
 def nice(value: float) -> float:
     """The next 1, 2, 4 or 5 times a power of ten, for an axis."""
-    power = 10 ** math.floor(math.log10(value or 1))
+    power = 10.0 ** math.floor(math.log10(value or 1))
     return next(power * step for step in (1, 2, 4, 5, 10) if power * step >= value)
 
 
