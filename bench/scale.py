@@ -21,6 +21,8 @@ import table
 from daemons import far, galera, handover, three_daemons
 from rounds import Round, loaded, measure_pair
 from servers import (
+    HERE,
+    PYTHON,
     REFUSAL,
     BenchError,
     Daemon,
@@ -175,6 +177,26 @@ def among_idle(this: Round, daemon: Daemon) -> Result:
     """A measurement beside idle connections, and the daemon's resident memory in megabytes."""
     with idle_connections(daemon.port, this.size(2000)):
         return dataclasses.replace(run_load([daemon], this.load()), extra=resident(daemon))
+
+
+def hostile(this: Round) -> None:
+    """16 connections among 700 that do what no Postfix does, beside none."""
+    this.create("hostile")
+    daemons = this.start(this.database, "hostile")
+    measure_pair(
+        this,
+        (table.NO_HOSTILE, loaded(daemons, this.load())),
+        (table.HOSTILE, lambda program: among_hostile(this, daemons[program])),
+    )
+
+
+def among_hostile(this: Round, daemon: Daemon) -> Result:
+    """A measurement beside hostile connections."""
+    ready = this.bench.path(".ready")
+    command: list[str | Path] = [PYTHON, HERE / "hostile.py", str(daemon.port)]
+    with this.bench.section():
+        this.bench.start([*command, str(this.size(700)), ready], ready.exists)
+        return run_load([daemon], this.load())
 
 
 def resident(daemon: Daemon) -> float:
@@ -348,6 +370,7 @@ CASES: dict[str, Callable[[Round], None]] = {
     "hot-window": hot_window,
     "cold": cold,
     "idle": idle,
+    "hostile": hostile,
     "purge": purge,
     "three-daemons": three_daemons,
     "galera": galera,
