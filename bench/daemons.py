@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 import table
-from galera import galera_cluster
+from galera import LIBRARY, galera_cluster
 from rounds import Round, loaded, measure_pair
 from servers import (
     BenchError,
@@ -18,6 +18,7 @@ from servers import (
     far_away,
     ledger,
     run_load,
+    say,
 )
 
 SHARED: tuple[tuple[str, int, Sequence[str]], ...] = (
@@ -40,6 +41,9 @@ def three_daemons(this: Round) -> None:
 
 def galera(this: Round) -> None:
     """The same with three nodes of a cluster, each daemon on its own, beside one on one node."""
+    if not LIBRARY.exists():
+        say("no Galera: install galera-4")
+        return
     nodes = galera_cluster(this.bench)
     there = dataclasses.replace(this, database=nodes[0])
     one_and_three(there, "galera", nodes, table.on_galera, table.ON_GALERA_48)

@@ -364,7 +364,8 @@ def saslquota(
 
 def saslquota_command(
     bench: Bench, program: str, database: MariaDB | None, name: str, port: int,
-    period: int = 3600, quota: int = PLENTY, pools: Sequence[str] = (), **settings: object,
+    period: int = 3600, quota: int = PLENTY, pools: Sequence[str] = (),
+    python: Sequence[str | Path] = (PYTHON,), **settings: object,
 ) -> list[str | Path]:  # fmt: skip
     """Write the two files that saslquota needs; return the command that starts it with them."""
     name = ledger(name, program)
@@ -383,7 +384,7 @@ def saslquota_command(
         config |= {"_myuser": database.user, "_mypasswd": database.password, "_mydb": name}
     else:
         config |= {"_store": "sqlite", "_sqlitefile": str(bench.data / f"{name}.db")}
-    return [PYTHON, bench.file(program), "-c", write_json(bench, config | settings)]
+    return [*python, bench.file(program), "-c", write_json(bench, config | settings)]
 
 
 def write_json(bench: Bench, content: dict[str, Any]) -> Path:
