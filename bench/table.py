@@ -186,7 +186,7 @@ START = "start to first reply, SQLite"
 GROWTH: dict[str, tuple[str, tuple[int, ...]]] = {
     "rows": ("rows in the table", (1000, 50_000, 500_000, 5_000_000)),
     "senders": ("senders", (10, 100, 1000, 10_000)),
-    "daemons": ("daemons on one database, 48 connections, 1,000 senders shared", (1, 2, 3)),
+    "daemons": ("daemons that share 1,000 senders, 48 connections", (1, 2, 3)),
 }
 
 
