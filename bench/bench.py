@@ -23,6 +23,7 @@ from pathlib import Path
 import plot
 import scale
 import table
+from debian13 import debian13, install_debian13
 from peers import install_peers, policyd_rate_limit, postfwd
 from rounds import Round
 from servers import (
@@ -65,20 +66,44 @@ def start_ceiling(this: Round) -> Daemon:
     return Daemon(port, this.bench.start(command, lambda: accepts(port)).pid)
 
 
-def start_on_mariadb(this: Round) -> dict[str, Daemon]:
-    this.create("main")
-    return this.start(this.database, "main")
+@dataclasses.dataclass(frozen=True)
+class Ours:
+    """A row of saslquota: where it counts, and whether Debian 13's Python runs it."""
+
+    name: str
+    mariadb: bool
+    debian13: bool = False
+
+    def ledger(self, this: Round) -> str:
+        """MariaDB's is emptied for each round, of SQLite each round has a file of its own."""
+        return self.name if self.mariadb else f"{self.name}{this.turn}"
+
+    def start(self, this: Round) -> dict[str, Daemon]:
+        name = self.ledger(this)
+        if self.mariadb:
+            this.create(name)
+        options = {"python": debian13(this.bench)} if self.debian13 else {}
+        return this.start(this.database if self.mariadb else None, name, **options)
+
+    def count(self, this: Round, program: str) -> int:
+        """How many sends its ledger holds."""
+        name = ledger(self.ledger(this), program)
+        if self.mariadb:
+            return this.database.count(name)
+        with contextlib.closing(sqlite3.connect(this.bench.data / f"{name}.db")) as file:
+            return int(file.execute("SELECT COUNT(*) FROM sends").fetchone()[0])
 
 
-def start_on_sqlite(this: Round) -> dict[str, Daemon]:
-    return this.start(None, f"main{this.turn}")
-
-
+OURS = {
+    table.MARIADB: Ours("main", mariadb=True),
+    table.SQLITE: Ours("main", mariadb=False),
+    table.MARIADB_313: Ours("main313", mariadb=True, debian13=True),
+    table.SQLITE_313: Ours("main313", mariadb=False, debian13=True),
+}
 # The daemons of a row: one for each saslquota.py, or the one that is not saslquota.
 SUBJECTS: dict[str, Callable[[Round], dict[str, Daemon]]] = {
     table.CEILING: lambda this: {OTHER: start_ceiling(this)},
-    table.MARIADB: start_on_mariadb,
-    table.SQLITE: start_on_sqlite,
+    **{row: ours.start for row, ours in OURS.items()},
     table.POSTFWD: lambda this: {OTHER: postfwd(this.bench, logged=True)},
     table.POSTFWD_SILENT: lambda this: {OTHER: postfwd(this.bench, logged=False)},
     table.PRL_MYSQL: lambda this: {OTHER: policyd_rate_limit(this.bench, this.database)},
@@ -89,13 +114,13 @@ ROWS = {
     "insert": table.INSERT,
     "mariadb": table.MARIADB,
     "sqlite": table.SQLITE,
+    "mariadb-313": table.MARIADB_313,
+    "sqlite-313": table.SQLITE_313,
     "postfwd": table.POSTFWD,
     "postfwd-silent": table.POSTFWD_SILENT,
     "prl-mysql": table.PRL_MYSQL,
     "prl-sqlite": table.PRL_SQLITE,
 }
-OURS = (table.MARIADB, table.SQLITE)
-
 
 # --- a round -------------------------------------------------------------------------------------
 
@@ -167,20 +192,11 @@ def insert_rows(this: Round, rows: int, _: str) -> Result:
 def verify(this: Round) -> None:
     """Every accepted send must have its row: a fast answer that is not durable does not count."""
     for program in this.bench.sources:
-        for name in OURS:
+        for name, ours in OURS.items():
             row = table.of_baseline(name) if program == BASELINE else name
             sends = [done.all_accepted for key, done in this.results.items() if key[0] == row]
-            if sends and sum(sends) != (rows := count_rows(this, name, program)):
+            if sends and sum(sends) != (rows := ours.count(this, program)):
                 this.failures.append(f"{row}: {sum(sends)} sends accepted, {rows} rows written")
-
-
-def count_rows(this: Round, name: str, program: str) -> int:
-    """The rows in the ledger of the main part."""
-    if name == table.MARIADB:
-        return this.database.count(ledger("main", program))
-    path = this.bench.data / f"{ledger(f'main{this.turn}', program)}.db"
-    with contextlib.closing(sqlite3.connect(path)) as file:
-        return int(file.execute("SELECT COUNT(*) FROM sends").fetchone()[0])
 
 
 # --- the run -------------------------------------------------------------------------------------
@@ -274,56 +290,54 @@ def some_of(names: list[str]) -> Callable[[str], list[str]]:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench/run", description=__doc__)
-    rows, loads, cases = list(ROWS), list(LOADS), list(scale.CASES)
-    parser.add_argument("--rounds", type=int, help="rounds to take medians of (3)")
-    parser.add_argument("--seconds", type=float, help="seconds measured at a time (3)")
-    parser.add_argument(
-        "--rows", type=some_of(rows), default=rows, help=f"all, none or some of: {', '.join(rows)}"
-    )
-    parser.add_argument(
-        "--loads",
-        type=some_of(loads),
-        help=f"connections; all or some of: {', '.join(loads)}",
-    )
-    parser.add_argument(
-        "--scale",
-        type=some_of(cases),
-        help=f"all (but growth, unless --plot), none or some of: {', '.join(cases)}",
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="a tiny load, to see that everything works"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--rounds", type=int, help="rounds to take medians of (3)")
+    add("--seconds", type=float, help="seconds measured at a time (3)")
+    for option, names, left_out in (
+        ("--rows", ROWS, " (with --quick, or not as root: those without 313)"),
+        ("--loads", LOADS, ""),
+        ("--scale", scale.CASES, " (but growth, unless --plot, and galera with --quick)"),
+    ):
+        choice = list(names)
+        text = f"all{left_out}, none or some of: {', '.join(choice)}"
+        add(option, type=some_of(choice), help=text)
+    add("--quick", action="store_true", help="a tiny load, to see that everything works")
+    add(
         "--mariadbd",
         action="append",
         default=[],
         metavar="OPTION",
         help="a further option for mariadbd, such as --mariadbd=--innodb-buffer-pool-size=512M",
     )
-    parser.add_argument(
+    add(
         "--baseline",
         metavar="REVISION",
         help="measure another saslquota.py beside the checkout's: a revision for git, or a file",
     )
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write every measurement to a file"
-    )
-    parser.add_argument(
-        "--plot", type=Path, metavar="DIR", help="draw curves of what grows, as SVG files"
-    )
-    parser.add_argument(
+    add("--json", type=Path, metavar="FILE", help="also write every measurement to a file")
+    add("--plot", type=Path, metavar="DIR", help="draw curves of what grows, as SVG files")
+    add(
         "--profile",
         type=Path,
         metavar="DIR",
         help="sample saslquota with py-spy during the main rows",
     )
-    options = parser.parse_args(argv)
-    if options.scale is None:
-        options.scale = [case for case in cases if case != "growth" or options.plot]
+    return with_defaults(parser.parse_args(argv))
+
+
+def with_defaults(options: argparse.Namespace) -> argparse.Namespace:
+    """Fill in what was not said."""
+    quick = options.quick
+    if options.rows is None:
+        debian13 = os.geteuid() == 0 and not quick
+        options.rows = [row for row in ROWS if debian13 or not row.endswith("-313")]
     if options.loads is None:
-        options.loads = ["1", "16", "16 new"] if options.quick else loads
-    options.rounds = options.rounds or (1 if options.quick else 3)
-    options.seconds = options.seconds or (0.3 if options.quick else 3.0)
+        options.loads = ["1", "16", "16 new"] if quick else list(LOADS)
+    if options.scale is None:
+        left_out = {"growth": not options.plot, "galera": quick}
+        options.scale = [case for case in scale.CASES if not left_out.get(case)]
+    options.rounds = options.rounds or (1 if quick else 3)
+    options.seconds = options.seconds or (0.3 if quick else 3.0)
     return options
 
 
@@ -341,6 +355,7 @@ def main(argv: list[str] | None = None) -> int:
         sources[BASELINE] = source_of(options.baseline)
     prepare()
     install_peers(options.rows)
+    install_debian13(options.rows)
     if options.profile:
         pip_install("py-spy")
         options.profile.mkdir(parents=True, exist_ok=True)

@@ -44,7 +44,12 @@ def main() -> None:
         if started >= begin:
             latencies.append((time.perf_counter() - started) * 1e6)
     quantiles = statistics.quantiles(latencies, n=100)
-    figures = {"rate": rows * len(latencies) / seconds, "p50": quantiles[49], "p99": quantiles[98]}
+    figures = {
+        "rate": rows * len(latencies) / seconds,
+        "p50": quantiles[49],
+        "p99": quantiles[98],
+        "longest": max(latencies),
+    }
     print(json.dumps(figures))
 
 

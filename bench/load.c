@@ -5,13 +5,14 @@
  *
  * Keeps one request outstanding on each of several connections to 127.0.0.1, as that many smtpd
  * processes would, checks every reply byte for byte, and prints one line of JSON: the rate, exact
- * latencies (to 1 us, measured from before the connect or send until the whole reply is there) and
- * its own share of a processor. Any wrong, surplus or missing byte of a reply ends it with status 1.
+ * latencies (to 1 us, measured from before the connect or send until the whole reply is there; the
+ * longest is also looked for among those that end after the measured time) and its own share of a processor. Any wrong, surplus or missing byte of a reply ends it with status 1.
  *
  *     -c N     connections, dealt out over the ports in turn (16)
  *     -w S     seconds of warm-up that are not measured (0)
  *     -t S     seconds to measure (3); or
  *     -n N     requests to measure, as long as it takes, without warm-up
+ *     -i S     also print the rate in each S seconds of the measured time
  *     -s N     senders (1000), chosen at random, or
  *     -o       each sender in turn, in a scrambled order
  *     -S N     seed of the random choice (0); with the same seed, two generators side by side ask
@@ -40,6 +41,7 @@
 
 enum { MAX_CONNECTIONS = 4096, MAX_PORTS = 16, MAX_REPLY = 1024, MAX_REQUEST = 2048 };
 enum { REPLY_TIMEOUT_MS = 30000, LONGEST_US = 60000000, SCRAMBLE = 48271, PACE_US = 1000 };
+enum { MAX_SLICES = 10000 };
 
 struct connection {
     int fd;
@@ -55,7 +57,7 @@ struct connection {
 
 static struct {
     int connections, senders, in_turn, own_senders, fresh, ports[MAX_PORTS], port_count;
-    double warmup, seconds;
+    double warmup, seconds, slice;
     long first_sender, requests;
     char accepted[MAX_REPLY], refused[MAX_REPLY];
     int accepted_length, refused_length;
@@ -63,6 +65,7 @@ static struct {
 
 static struct connection connections[MAX_CONNECTIONS];
 static uint32_t histogram[LONGEST_US + 1]; /* one bucket per microsecond; untouched pages cost nothing */
+static int64_t slices[MAX_SLICES];
 static int64_t measured, accepted, refused, all_accepted, all_refused, sent, longest;
 static int64_t begin, end, first_instance;
 static uint64_t random_state = UINT64_C(88172645463325252);
@@ -199,9 +202,11 @@ static int may_become(const struct connection *c, const char *text, int length)
 
 static void count(struct connection *c, int ok)
 {
-    int64_t now = now_us(), latency = now - c->begun;
+    int64_t now = now_us(), latency = now - c->begun, slice;
 
     *(ok ? &all_accepted : &all_refused) += 1;
+    if (now >= begin && latency > longest)
+        longest = latency;
     if (now < begin || (!option.requests && now >= end))
         return;
     if (cpu_at_begin < 0)
@@ -209,8 +214,8 @@ static void count(struct connection *c, int ok)
     *(ok ? &accepted : &refused) += 1;
     measured++;
     histogram[latency > LONGEST_US ? LONGEST_US : latency]++;
-    if (latency > longest)
-        longest = latency;
+    if (option.slice > 0 && (slice = (now - begin) / 1e6 / option.slice) < MAX_SLICES)
+        slices[slice]++;
 }
 
 /* take_reply - read what is there; when the reply is complete, count it and go on */
@@ -280,14 +285,18 @@ static int64_t quantile(double share)
 static void report(void)
 {
     double seconds = (end - begin) / 1e6;
+    int whole = option.slice > 0 ? (int)(seconds / option.slice + 1e-6) : 0, i;
 
     if (measured == 0)
         die("no reply in the measured time");
     printf("{\"rate\": %.1f, \"p50\": %" PRId64 ", \"p99\": %" PRId64 ", \"longest\": %" PRId64
            ", \"accepted\": %" PRId64 ", \"refused\": %" PRId64 ", \"all_accepted\": %" PRId64
-           ", \"all_refused\": %" PRId64 ", \"load_cpu\": %.3f}\n",
+           ", \"all_refused\": %" PRId64 ", \"load_cpu\": %.3f, \"slices\": [",
            measured / seconds, quantile(0.5), quantile(0.99), longest, accepted, refused,
            all_accepted, all_refused, (cpu_at_end - cpu_at_begin) / seconds);
+    for (i = 0; i < whole && i < MAX_SLICES; i++)
+        printf("%s%.1f", i ? ", " : "", slices[i] / option.slice);
+    puts("]}");
 }
 
 /* set_reply - a reply as it must come over the wire, with the empty line that ends it */
@@ -303,12 +312,13 @@ static void parse_options(int argc, char **argv)
     int letter;
 
     set_reply(option.accepted, &option.accepted_length, "action=OK");
-    while ((letter = getopt(argc, argv, "c:w:t:n:s:S:f:oONa:r:")) != -1)
+    while ((letter = getopt(argc, argv, "c:w:t:n:i:s:S:f:oONa:r:")) != -1)
         switch (letter) {
         case 'c': option.connections = atoi(optarg); break;
         case 'w': option.warmup = atof(optarg); break;
         case 't': option.seconds = atof(optarg); break;
         case 'n': option.requests = atol(optarg); break;
+        case 'i': option.slice = atof(optarg); break;
         case 's': option.senders = atoi(optarg); break;
         case 'S': random_state ^= strtoull(optarg, NULL, 10) * UINT64_C(0x9e3779b97f4a7c15); break;
         case 'f': option.first_sender = atol(optarg); break;

@@ -13,7 +13,7 @@ import table
 from servers import Result
 
 WIDTH, HEIGHT = 420, 260  # of one panel, in pixels
-LEFT, RIGHT, TOP, BOTTOM = 64, 16, 40, 44  # its margins
+LEFT, RIGHT, TOP, BOTTOM = 64, 36, 40, 44  # its margins
 COLOURS = ("#1f77b4", "#d95f02", "#555555")
 
 Rounds = Sequence[dict[table.Key, Result]]
@@ -108,8 +108,10 @@ def panel(axis: str, title: str, series: dict[str, Points]) -> list[str]:
         across, bottom = place(x, 0)
         parts.append(text(across, bottom + 18, f"{x:,.0f}", "middle"))
     for (name, found), colour in zip(series.items(), COLOURS, strict=False):
-        path = " ".join(f"{across},{down}" for across, down in (place(*point) for point in found))
+        places = [place(*point) for point in found]
+        path = " ".join(f"{across},{down}" for across, down in places)
         parts.append(f'<polyline points="{path}" stroke="{colour}" stroke-width="2"/>')
+        parts += [f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>' for x, y in places]
         across = LEFT + 90 * list(series).index(name)
         parts.append(f'<circle cx="{across + 5}" cy="28" r="4" fill="{colour}"/>')
         parts.append(text(across + 14, 32, name))
@@ -118,7 +120,7 @@ def panel(axis: str, title: str, series: dict[str, Points]) -> list[str]:
 
 def nice(value: float) -> float:
     """The next 1, 2, 4 or 5 times a power of ten, for an axis."""
-    power = 10 ** math.floor(math.log10(value or 1))
+    power = 10.0 ** math.floor(math.log10(value or 1))
     return next(power * step for step in (1, 2, 4, 5, 10) if power * step >= value)
 
 

@@ -17,12 +17,15 @@ from servers import (
     MariaDB,
     Result,
     ledger,
+    run_load,
     saslquota,
     say,
 )
-from table import CEILING, PEERS, Key, is_of_baseline, of_baseline
+from table import CEILING, ON_MARIADB, PEERS, Key, is_of_baseline, of_baseline
 
 QUICK_REQUESTS = 100
+
+Measure = tuple[str, Callable[[str], Result]]  # a row, and how a saslquota.py is measured for it
 
 
 @dataclasses.dataclass
@@ -104,3 +107,14 @@ class Round:
                     f"round {self.turn + 1}: {label:>11}  {name:48} {result.rate:9,.0f}/s"
                     f"  p50 {result.p50 / 1000:.2f}  p99 {result.p99 / 1000:.2f} ms"
                 )
+
+
+def measure_pair(this: Round, one: Measure, other: Measure, label: str = ON_MARIADB) -> None:
+    """Measure two rows that will be compared; every round begins with the other one."""
+    for row, measure in (one, other) if this.turn % 2 == 0 else (other, one):
+        this.record(row, label, measure)
+
+
+def loaded(daemons: dict[str, Daemon], load: Load) -> Callable[[str], Result]:
+    """The measurement of one of the daemons under a load."""
+    return lambda program: run_load([daemons[program]], load)

@@ -14,12 +14,15 @@ import socket
 import sqlite3
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import table
-from rounds import Round
+from daemons import far, galera, handover, three_daemons
+from rounds import Round, loaded, measure_pair
 from servers import (
+    HERE,
+    PYTHON,
     REFUSAL,
     BenchError,
     Daemon,
@@ -27,7 +30,6 @@ from servers import (
     MariaDB,
     MySQL,
     Result,
-    far_away,
     free_port,
     ledger,
     run_load,
@@ -42,15 +44,6 @@ REQUEST = (
     b"request=smtpd_access_policy\nprotocol_state=RCPT\nsasl_username=%s@example.org\n"
     b"sender=a@example.org\nrecipient=b@example.com\ninstance=1a2b.6553f100.a1b2c.0\n\n"
 )
-
-Measure = tuple[str, Callable[[str], Result]]  # a row, and how a saslquota.py is measured for it
-
-
-def measure_pair(this: Round, one: Measure, other: Measure, label: str = table.ON_MARIADB) -> None:
-    """Measure two rows that will be compared; every round begins with the other one."""
-    for row, measure in (one, other) if this.turn % 2 == 0 else (other, one):
-        this.record(row, label, measure)
-
 
 # --- filling tables ------------------------------------------------------------------------------
 
@@ -103,11 +96,6 @@ def fill_sqlite(path: Path, accounts: int, each: int, span: int) -> None:
 
 
 # --- the cases -----------------------------------------------------------------------------------
-
-
-def loaded(daemons: dict[str, Daemon], load: Load) -> Callable[[str], Result]:
-    """The measurement of one of the daemons under a load."""
-    return lambda program: run_load([daemons[program]], load)
 
 
 def millions(this: Round) -> None:
@@ -191,6 +179,26 @@ def among_idle(this: Round, daemon: Daemon) -> Result:
         return dataclasses.replace(run_load([daemon], this.load()), extra=resident(daemon))
 
 
+def hostile(this: Round) -> None:
+    """16 connections among 700 that do what no Postfix does, beside none."""
+    this.create("hostile")
+    daemons = this.start(this.database, "hostile")
+    measure_pair(
+        this,
+        (table.NO_HOSTILE, loaded(daemons, this.load())),
+        (table.HOSTILE, lambda program: among_hostile(this, daemons[program])),
+    )
+
+
+def among_hostile(this: Round, daemon: Daemon) -> Result:
+    """A measurement beside hostile connections."""
+    ready = this.bench.path(".ready")
+    command: list[str | Path] = [PYTHON, HERE / "hostile.py", str(daemon.port)]
+    with this.bench.section():
+        this.bench.start([*command, str(this.size(700)), ready], ready.exists)
+        return run_load([daemon], this.load())
+
+
 def resident(daemon: Daemon) -> float:
     """A daemon's resident memory in megabytes."""
     for line in Path(f"/proc/{daemon.pid}/status").read_text().splitlines():
@@ -244,49 +252,6 @@ def oldest(database: MariaDB, name: str) -> str:
     return database.sql("SELECT MIN(at) FROM sends", name)
 
 
-def three_daemons(this: Round) -> None:
-    """Three daemons on one database that share their senders, or a pool, beside one: every append
-    may meet another's."""
-    for case, (what, senders, pools, own) in enumerate(
-        (
-            (table.MANY_SENDERS, 1000, (), False),
-            (table.FEW_SENDERS, 50, (), False),
-            (table.POOLED_SENDERS, 1000, ("*",), False),
-            (table.OWN_SENDERS, 1000, (), True),
-        )
-    ):
-        for daemons in (1, 3) if this.turn % 2 == 0 else (3, 1):
-            each = senders // daemons if own else senders
-            load = this.load(connections=48, senders=each, own_senders=own)
-            name = f"daemons{daemons}case{case}"
-            share(this, this.database, name, what, daemons, load, pools)
-
-
-def share(
-    this: Round, database: MariaDB, name: str, what: str, daemons: int, load: Load,
-    pools: Sequence[str] = (),
-) -> None:  # fmt: skip
-    """Measure daemons on one ledger."""
-    this.create(name)
-    started = [this.start(database, name, pools=pools) for _ in range(daemons)]
-    measure = functools.partial(run_side_by_side, this, name, started, load)
-    this.record(table.by_daemons(what, daemons), table.ON_MARIADB_48, measure)
-
-
-def far(this: Round) -> None:
-    """A database a millisecond away: one daemon, and three that share their senders."""
-    there = far_away(this.bench, this.database, 0.001)
-    for name in ("near", "far"):
-        this.create(name)
-    near = this.start(this.database, "near")
-    distant = this.start(there, "far")
-    load = this.load()
-    measure_pair(this, (table.NEAR, loaded(near, load)), (table.FAR, loaded(distant, load)))
-    load = this.load(connections=48)
-    for daemons in (1, 3) if this.turn % 2 == 0 else (3, 1):
-        share(this, there, f"far{daemons}", table.FAR_SENDERS, daemons, load)
-
-
 def growth(this: Round) -> None:
     """Rows, senders and daemons in several sizes, for the pictures of --plot."""
     for what, (_, sizes) in table.GROWTH.items():
@@ -299,7 +264,7 @@ def grow(this: Round, what: str, size: int) -> None:
     """Measure one size."""
     row, label = table.growth(what, size)
     name = f"{what}{size}"
-    load = this.load(warmup=this.seconds)
+    load = this.load()
     daemons = size if what == "daemons" else 1
     if what == "rows":
         fill_once(this, name, 1000, this.size(size) // 1000 or 1, 20 * DAY)
@@ -310,7 +275,14 @@ def grow(this: Round, what: str, size: int) -> None:
     if what == "daemons":
         load = dataclasses.replace(load, connections=48)
     started = [this.start(this.database, name) for _ in range(daemons)]
-    this.record(row, label, lambda program: run_load([d[program] for d in started], load))
+    this.record(row, label, lambda program: warm([d[program] for d in started], load))
+
+
+def warm(daemons: list[Daemon], load: Load) -> Result:
+    """A measurement once each sender has been asked for: without that, a short one on a slow disk
+    measures how the pages of a large table are read."""
+    run_load(daemons, Load(senders=load.senders, requests=load.senders, in_turn=True))
+    return run_load(daemons, load)
 
 
 def mysql(this: Round) -> None:
@@ -329,16 +301,6 @@ def mysql(this: Round) -> None:
         (table.ON_MYSQL, loaded(this.start(other, "mysql"), load)),
         "16",
     )
-
-
-def run_side_by_side(
-    this: Round, name: str, started: list[dict[str, Daemon]], load: Load, program: str
-) -> Result:
-    """Load several daemons with one database; each accepted send must have its row."""
-    result = run_load([daemons[program] for daemons in started], load)
-    if (rows := this.database.count(ledger(name, program))) != result.all_accepted:
-        raise BenchError(f"{result.all_accepted} sends accepted, {rows} rows written")
-    return result
 
 
 def steady(this: Round) -> None:
@@ -415,9 +377,12 @@ CASES: dict[str, Callable[[Round], None]] = {
     "hot-window": hot_window,
     "cold": cold,
     "idle": idle,
+    "hostile": hostile,
     "purge": purge,
     "three-daemons": three_daemons,
+    "galera": galera,
     "far": far,
+    "handover": handover,
     "mysql": mysql,
     "growth": growth,
     "steady": steady,

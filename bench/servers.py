@@ -257,23 +257,38 @@ class MariaDB:
     )
     SERVER: str | Path = "mariadbd"
     CLIENT: str | Path = "mariadb"
+    COUNT = "SELECT COUNT(*) FROM sends WHERE account NOT LIKE 'POOL %'"
 
     def __init__(self, bench: Bench, options: Sequence[str] = ()) -> None:
         self.port = free_port()
-        self.user, self.password = "saslquota", secrets.token_hex(8)
-        self.socket = bench.sockets / self.NAME
+        self.socket = bench.sockets / f"{self.NAME}{self.port}"
+        self.directory = bench.path(f".{self.NAME}")
         owner = pwd.getpwuid(os.geteuid()).pw_name
-        common = ["--no-defaults", f"--datadir={bench.path('.' + self.NAME)}", f"--user={owner}"]
-        install = [*self.INSTALL, *common, *self.INSTALL_OPTIONS]
-        subprocess.run(install, stdout=bench.log, stderr=bench.log, check=True)
-        serve = [self.SERVER, *common, f"--socket={self.socket}", f"--port={self.port}"]
-        serve += ["--bind-address=127.0.0.1", f"--pid-file={bench.sockets / self.NAME}.pid"]
+        common: list[str | Path] = [
+            "--no-defaults",
+            f"--datadir={self.directory}",
+            f"--user={owner}",
+        ]
+        self.install(bench, common)
+        serve = [self.SERVER, *common, f"--port={self.port}", f"--socket={self.socket}"]
+        serve += ["--bind-address=127.0.0.1", f"--pid-file={self.socket}.pid"]
         serve += ["--innodb-flush-log-at-trx-commit=1", "--skip-name-resolve", *options]
         bench.start(serve, self.is_ready)
+        self.user, self.password = self.make_user()
+
+    def install(self, bench: Bench, options: Sequence[str | Path]) -> None:
+        """Make its data directory."""
+        command = [*self.INSTALL, *options, *self.INSTALL_OPTIONS]
+        subprocess.run(command, stdout=bench.log, stderr=bench.log, check=True)
+
+    def make_user(self) -> tuple[str, str]:
+        """An account that may do everything; return its name and its password."""
+        user, password = "saslquota", secrets.token_hex(8)
         self.sql(
-            f"CREATE USER {self.user}@'127.0.0.1' IDENTIFIED BY '{self.password}';"
-            f"GRANT ALL ON *.* TO {self.user}@'127.0.0.1'"
+            f"CREATE USER {user}@'127.0.0.1' IDENTIFIED BY '{password}';"
+            f"GRANT ALL ON *.* TO {user}@'127.0.0.1'"
         )
+        return user, password
 
     def is_ready(self) -> bool:
         """Whether the server answers a query."""
@@ -307,8 +322,7 @@ class MariaDB:
 
     def count(self, database: str) -> int:
         """How many sends its ledger holds, without the rows of pools."""
-        sends = "SELECT COUNT(*) FROM sends WHERE account NOT LIKE 'POOL %'"
-        return int(self.sql(sends, database))
+        return int(self.sql(self.COUNT, database))
 
     def settle(self) -> None:
         """Write a bulk load's dirty pages out now, not under the measurement that follows."""
@@ -350,7 +364,8 @@ def saslquota(
 
 def saslquota_command(
     bench: Bench, program: str, database: MariaDB | None, name: str, port: int,
-    period: int = 3600, quota: int = PLENTY, pools: Sequence[str] = (), **settings: object,
+    period: int = 3600, quota: int = PLENTY, pools: Sequence[str] = (),
+    python: Sequence[str | Path] = (PYTHON,), **settings: object,
 ) -> list[str | Path]:  # fmt: skip
     """Write the two files that saslquota needs; return the command that starts it with them."""
     name = ledger(name, program)
@@ -369,7 +384,7 @@ def saslquota_command(
         config |= {"_myuser": database.user, "_mypasswd": database.password, "_mydb": name}
     else:
         config |= {"_store": "sqlite", "_sqlitefile": str(bench.data / f"{name}.db")}
-    return [PYTHON, bench.file(program), "-c", write_json(bench, config | settings)]
+    return [*python, bench.file(program), "-c", write_json(bench, config | settings)]
 
 
 def write_json(bench: Bench, content: dict[str, Any]) -> Path:
@@ -398,7 +413,13 @@ def far_away(bench: Bench, database: MariaDB, seconds: float) -> MariaDB:
     """The same server behind a round trip of so many seconds."""
     there = copy.copy(database)
     there.port = free_port()
-    delay = [PYTHON, HERE / "delay.py", str(there.port), str(database.port), str(seconds)]
+    delay: list[str | Path] = [
+        PYTHON,
+        HERE / "delay.py",
+        str(there.port),
+        str(database.port),
+        str(seconds),
+    ]
     bench.start(delay, lambda: accepts(there.port))
     return there
 
@@ -416,6 +437,7 @@ class Load:
     warmup: float = 1.0
     senders: int = 1000
     requests: int = 0
+    slice: float = 0  # seconds
     in_turn: bool = False
     own_senders: bool = False
     accepted: str = "action=OK"
@@ -426,6 +448,7 @@ class Load:
         options = ["-c", str(self.connections), "-s", str(self.senders), "-a", self.accepted]
         options += ["-r", self.refused] if self.refused else []
         options += ["-N"] if self.fresh else []
+        options += ["-i", str(self.slice)] if self.slice else []
         options += ["-o"] if self.in_turn else []
         options += ["-O"] if self.own_senders else []
         if self.requests:
@@ -448,6 +471,7 @@ class Result:
     load_cpu: float = 0
     daemon_cpu: float = 0  # microseconds of processor for each decision
     extra: float = 0
+    slices: Sequence[float] = ()  # the rate in each slice, where it was asked for
 
 
 def run_load(daemons: Sequence[Daemon], load: Load) -> Result:
