@@ -190,7 +190,7 @@ def test_some_senders_rows_are_locked(
     assert {s.reply for s in during if s.account in victims} == {DEFERRED}
     assert max(s.took for s in during if s.began > locked + found) < SLACK
     assert {s.reply for s in load.samples if s.account not in victims} == {OK, REFUSED}
-    assert sum(s.reply == OK for s in during) > 500
+    assert sum(s.reply == OK for s in during) > 250
     named = wait_for_log(counting, "rows locked by another database session", number)
     assert sorted(re.sub(r".*account (\S+): .*", r"\1", line) for line in named) == victims
     assert "database unavailable" not in counting.log()
@@ -386,7 +386,7 @@ def test_the_daemons_clock_does_not_matter(
             load.wait(OK, 2 + SLACK, 20)
             load.wait(REFUSED, 10, 20)
     rows = entries(database)
-    audit(rows, load.accepted(), lambda _: (2, 60))
+    audit(rows, load.accepted(), lambda _: (2, 30))
     assert load.longest_wait() <= 2 + SLACK
     assert rows[-1].at <= time.time_ns() // 1000
 

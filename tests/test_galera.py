@@ -177,7 +177,7 @@ def clocked(galera: Galera, shared: Database) -> Iterator[Database]:
 def test_clocks_minutes_apart(galera: Galera, clocked: Database, daemon: StartDaemon) -> None:
     """Exact by the ledger's own times, which are those of the fastest clock."""
     daemons = three_daemons(galera, clocked, daemon, 2, 60)
-    with Load([d.port for d in daemons], SENDERS, connections=9, pause=0.02) as load:
+    with Load([d.port for d in daemons], SENDERS, connections=9, pause=0.01) as load:
         load.wait(REFUSED, 20, 20)
         for offsets in ((0, 240, -180), (240, -180, 0)):
             for node, seconds in zip(galera.nodes, offsets, strict=True):

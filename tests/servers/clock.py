@@ -39,7 +39,7 @@ def set_clock(offset: Path, seconds: int) -> None:
 
 
 CLOCK_RULES: Mapping[str, object] = {
-    "default": {"period": 2, "msgquota": 60, "msg": "over quota"},
+    "default": {"period": 2, "msgquota": 30, "msg": "over quota"},
 }
 
 
@@ -61,7 +61,7 @@ def set_clock_under_load(offset: Path, load: Load, ledger: Database | Path) -> N
 def audit_clocked(rows: Sequence[Entry], load: Load) -> None:
     """Never over quota by the ledger's own times; nobody locked out for longer than the quota's
     period."""
-    audit(rows, load.accepted(), lambda _: (2, 60))
+    audit(rows, load.accepted(), lambda _: (2, 30))
     load.assert_answered(SLACK)
     assert load.longest_wait() <= 2 + SLACK
 

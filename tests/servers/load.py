@@ -20,7 +20,7 @@ OK = "OK"
 REFUSED = "REJECT over quota"
 DEFERRED = "DEFER_IF_PERMIT quota service unavailable, try again later"
 # Two kinds of senders: four whose quota bites all the time, four who never reach it.
-SHORT, QUOTA = 3, 60  # seconds, sends
+SHORT, QUOTA = 3, 30  # seconds, sends: a busy machine asks so often, too
 NARROW = tuple(f"narrow{n}@quota.example" for n in range(4))
 WIDE = tuple(f"wide{n}@example.com" for n in range(4))
 RULES: Mapping[str, object] = {
