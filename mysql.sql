@@ -6,7 +6,7 @@
 -- and unblocks a sender (docs/operation.md).
 
 CREATE TABLE IF NOT EXISTS sends (
-    account     VARCHAR(320) NOT NULL COMMENT 'the login, folded (docs/rules.md), or POOL and a pool''s key',
+    account     VARCHAR(320) NOT NULL COMMENT 'the login, folded (docs/rules.md); POOL and a pool''s key; SPOOL: of no sender (docs/operation.md)',
     seq         BIGINT       NOT NULL COMMENT '1, 2, 3 ... in each account',
     epoch       INT          NOT NULL COMMENT '1, until an administrator''s reset begins the next',
     at          DATETIME(6)  NOT NULL COMMENT 'UTC; never falls as seq rises in an epoch',

@@ -65,6 +65,7 @@ FILES
     mysql.sql                          the tables, for MySQL and MariaDB (SQLite's make themselves)
     saslquotactl.py                    shows who sends, blocks, grants more: by way of the tables
     saslquota.db                       the embedded database
+    saslquota.spool                    what is counted while MySQL is away (_onfailure LOCAL)
 
 HOW IT WORKS
     A request goes down this road once, and its verdict comes back once:
@@ -80,7 +81,9 @@ HOW IT WORKS
         Postfix <-- 4 _reply()            one send, one log line
 
     A store that fails, or takes too long, is in an Outage: every charge gets the fallback at once
-    until the store can be opened again. A refusal may be repeated from memory for a second.
+    until the store can be opened again. With _onfailure LOCAL a LocalLedger decides meanwhile upon
+    a SpoolStore of its own, and a Carrier carries over what was sent. A
+    refusal may be repeated from memory for a second.
 
     The threads, and what only they may use:
 
@@ -90,6 +93,7 @@ HOW IT WORKS
         a connection  reads its requests and submits them: one for each smtpd process
         committer     the ledger, accounts and store; answers what it has decided, and then notes
                       the incidents that any thread may count
+        attempt       tries the store while it is down, with _onfailure LOCAL
         watchdog      every 0.1 s: answers what is overdue, whatever the committer is doing
         log           writes the log lines
 
@@ -145,6 +149,7 @@ __version__ = "2.1.0"
 
 MAX_ACCOUNT = 320  # characters; the column's width: 64 of a local part, @, 255 of a domain
 POOL_PREFIX = "POOL "  # begins the account of a pool; logins are folded, none begins with it
+SPOOL_ACCOUNT = "SPOOL"  # its row names the database; "SPOOL id" has the marks of a spool
 CACHED_ACCOUNTS = 20_000  # remembered at most, some 4 KiB each
 WINDOW_CACHE_ROWS = 32  # the oldest entries of a window that are remembered, at most
 SEARCH_FANOUT = 16  # entries looked at in one step of a search
@@ -527,6 +532,8 @@ def decode_label(label: str) -> str:
 
 # --- Config ---------------------------------------------------------------------------------------
 
+LOCAL_TIMEOUT = 3  # seconds, the least _dbtimeout with LOCAL: 1 for the spool, 2 for a statement
+
 
 def read_text(value: Any) -> str:
     if not isinstance(value, str):
@@ -658,6 +665,7 @@ class Config:
     bindtimeout: int = setting(45, read_int(1, 3600))  # seconds for a request or reply under way
     store: str = setting("mysql", read_choice("mysql", "sqlite"))
     sqlitefile: str = setting("saslquota.db", read_text)
+    spoolfile: str = setting("saslquota.spool", read_text)  # of _onfailure LOCAL
     myhost: tuple[str, ...] = setting(("localhost",), read_hosts)  # tried in turn
     myport: int = setting(3306, read_int(1, 65535))
     myuser: str = setting("saslquota", read_text)
@@ -671,7 +679,7 @@ class Config:
     logport: int = setting(514, read_int(1, 65535))  # UDP
     quotafile: str = setting("quotarules.json", read_text)
     dbtimeout: int = setting(5, read_int(2, 60))  # seconds until a request gets _onfailure
-    onfailure: str = setting("DEFER_IF_PERMIT", read_choice("DEFER_IF_PERMIT", "OK"))
+    onfailure: str = setting("DEFER_IF_PERMIT", read_choice("DEFER_IF_PERMIT", "OK", "LOCAL"))
     nosasl: str = setting("REJECT", read_choice("REJECT", "DUNNO"))  # without sasl_username
     okaction: str = setting("OK", read_choice("OK", "DUNNO"))  # for an accepted send
     defaultdomain: str = setting("", read_domain)  # of logins without one
@@ -723,7 +731,13 @@ def load_config(path: Path, environ: Mapping[str, str], *, optional: bool = Fals
         except ValueError as error:
             here = f"environment: {name}" if name in environ else location.of(name)
             raise ConfigError(f"{here}: must be {error}") from None
-    return Config(path=path, **values)
+    config = Config(path=path, **values)
+    local = "_onfailure LOCAL"
+    if config.onfailure == "LOCAL" and config.store != "mysql":
+        raise ConfigError(f"{path}: {local} is only for _store mysql")
+    if config.onfailure == "LOCAL" and config.dbtimeout < LOCAL_TIMEOUT:
+        raise ConfigError(f"{path}: _dbtimeout must be {LOCAL_TIMEOUT} or more with {local}")
+    return config
 
 
 # --- Rules ----------------------------------------------------------------------------------------
@@ -1251,10 +1265,13 @@ def format_reply(action: str) -> bytes:
 # --- Stores ---------------------------------------------------------------------------------------
 
 HEAD_ROWS = 8  # the newest entries that come with an account's head: most windows hold no more
-PURGE_ROWS = 50  # in one DELETE: a millisecond or two
 LOCK_WAIT = 1  # seconds for a lock in MySQL: as short as it can be, for all others wait too
 OLDEST_CONNECTOR = 9, 2  # of mysql-connector-python: read_timeout came with it
 LOCK_PROBE = 0.1  # seconds for a lock in MySQL, when it is tried which account is locked
+CARRY_ROWS = 250  # of a spool in one INSERT: 1,000 keep the others waiting for 125 ms
+OPENING_ROWS = 24  # at most for what is not known between two entries of an opening balance
+INSERT_ROWS = 1000  # in one INSERT of SQLite, which takes 32,766 variables
+VACUUM_ROWS = 100_000  # after which a spool gives its room back
 WAL_PAGES = 8000  # of 4 KiB that SQLite gathers in its log before it sorts them into the file
 
 
@@ -1286,8 +1303,6 @@ class StoredEntry(NamedTuple):
 
 COLUMNS = ", ".join(Entry._fields)
 Value = int | str | bytes | None  # in a statement
-PurgeMark = tuple[int, str, int]  # at, account, seq: how far a purge has come
-PURGE_START: PurgeMark = (0, "", 0)
 
 
 class Store:
@@ -1308,6 +1323,7 @@ class Store:
         self.statement_timeout = statement_timeout  # seconds
         self.statement_took = 0.0  # seconds; the last one
         self.insert_took = 0.0  # seconds; the last one on this connection
+        self._begin_until = math.inf  # monotonic seconds; see hurry()
         self._connection: Any = None
         self._error: type[Exception] = StoreError  # what the connection raises
         self._in_locking_transaction = False
@@ -1333,6 +1349,20 @@ class Store:
             self._connected_line = line
             log.info("connected: %s", line)
 
+    @contextlib.contextmanager
+    def hurry(self, deadline: float) -> Iterator[None]:
+        """Begin no statement meanwhile that may end after the deadline, in monotonic seconds."""
+        limit, self._begin_until = self._begin_until, deadline - self.statement_timeout
+        try:
+            yield
+        finally:
+            self._begin_until = limit
+
+    def _check_time(self) -> None:
+        """Raise TimedOut if no statement may begin any more."""
+        if time.monotonic() > self._begin_until:
+            raise TimedOut(f"timed out: a statement takes {self.statement_took:.1f} s")
+
     def now(self) -> int:
         """The database's time in microseconds since 1970, UTC."""
         raise NotImplementedError
@@ -1345,6 +1375,8 @@ class Store:
     def run(self, sql: str, values: Sequence[Value] = ()) -> list[Any]:
         """Run a statement with a value for each `?`; return its rows."""
         began = time.monotonic()
+        if sql not in ("COMMIT", "ROLLBACK"):
+            self._check_time()
         try:
             return self._execute(sql, values)
         finally:
@@ -1388,14 +1420,17 @@ class Store:
     def append(self, entries: Sequence[Entry]) -> None:
         """Write all the entries or none; they are durable when this returns."""
         if entries:
-            row = f"(?, ?, ?, {self.BIND_TIME}, ?, ?, ?, ?, ?, ?)"
-            rows = ", ".join([row] * len(entries))
-            values: list[Any] = list(itertools.chain.from_iterable(entries))
-            self.run(f"INSERT INTO sends ({COLUMNS}) VALUES {rows}", values)
+            self._insert(entries)
             self.insert_took = self.statement_took
         if self._in_locking_transaction:
             self.run("COMMIT")
             self._in_locking_transaction = False
+
+    def _insert(self, entries: Sequence[Entry]) -> None:
+        row = f"(?, ?, ?, {self.BIND_TIME}, ?, ?, ?, ?, ?, ?)"
+        rows = ", ".join([row] * len(entries))
+        values: list[Any] = list(itertools.chain.from_iterable(entries))
+        self.run(f"INSERT INTO sends ({COLUMNS}) VALUES {rows}", values)
 
     def rollback(self) -> None:
         """Give up the locks of newest_entries(), if any; a connection that breaks here shows at its
@@ -1427,24 +1462,6 @@ class Store:
         select = "SELECT token FROM sends WHERE account = ? AND seq = ?"
         return {token for (token,) in self.run_each(select, [(e.account, e.seq) for e in entries])}
 
-    def purge(self, before: int, after: PurgeMark) -> PurgeMark:
-        """Look at PURGE_ROWS rows older than `before`, on from `after`, and delete those that are
-        not their account's newest. Returns how far it came, PURGE_START when it is through."""
-        at, account, seq = after
-        newer = "SELECT 1 FROM sends AS n WHERE n.account = s.account AND n.seq > s.seq"
-        found = self.run(
-            f"SELECT {self.SELECT_AT}, account, seq, EXISTS ({newer}) FROM sends AS s"
-            f" WHERE at < {self.BIND_TIME} AND at >= {self.BIND_TIME} AND (at > {self.BIND_TIME}"
-            " OR account > ? OR (account = ? AND seq > ?))"
-            f" ORDER BY at, account, seq LIMIT {PURGE_ROWS}",
-            (before, at, at, account, account, seq),
-        )
-        old = [(account, seq) for _, account, seq, has_newer in found if has_newer]
-        if old:
-            keys = " OR ".join(["(account = ? AND seq = ?)"] * len(old))
-            self.run(f"DELETE FROM sends WHERE {keys}", [value for key in old for value in key])
-        return tuple(found[-1][:3]) if len(found) == PURGE_ROWS else PURGE_START
-
 
 class SQLiteStore(Store):
     """The embedded database: a file in WAL mode, every commit synced to disk. Several daemons on
@@ -1452,17 +1469,24 @@ class SQLiteStore(Store):
 
     _connection: sqlite3.Connection | None
     BEGIN_LOCKING = "BEGIN IMMEDIATE"
-    SCHEMA = (
-        "CREATE TABLE IF NOT EXISTS sends (account TEXT NOT NULL, seq INTEGER NOT NULL,"
+    SETTING = "_sqlitefile"
+    LOCKING_MODE = "NORMAL"
+    SENDS = (
+        "account TEXT NOT NULL, seq INTEGER NOT NULL,"
         " epoch INTEGER NOT NULL, at INTEGER NOT NULL, recipients INTEGER NOT NULL,"
         " total INTEGER NOT NULL, instance TEXT NOT NULL, token INTEGER NOT NULL,"
-        " client_address BLOB NOT NULL DEFAULT '', sender TEXT NOT NULL DEFAULT '',"
-        " PRIMARY KEY (account, seq)) WITHOUT ROWID",
-        "CREATE INDEX IF NOT EXISTS sends_at ON sends (at)",
+        " client_address BLOB NOT NULL DEFAULT '', sender TEXT NOT NULL DEFAULT ''"
+    )
+    EVENTS = (
         "CREATE TABLE IF NOT EXISTS events (account TEXT NOT NULL, number INTEGER NOT NULL,"
         " at INTEGER NOT NULL, kind TEXT NOT NULL, until INTEGER, amount INTEGER, epoch INTEGER,"
         " author TEXT NOT NULL, note TEXT NOT NULL, last INTEGER, claimed INTEGER, told INTEGER,"
-        " PRIMARY KEY (account, number)) WITHOUT ROWID",
+        " PRIMARY KEY (account, number)) WITHOUT ROWID"
+    )
+    SCHEMA: tuple[str, ...] = (
+        f"CREATE TABLE IF NOT EXISTS sends ({SENDS}, PRIMARY KEY (account, seq)) WITHOUT ROWID",
+        "CREATE INDEX IF NOT EXISTS sends_at ON sends (at)",
+        EVENTS,
         "CREATE INDEX IF NOT EXISTS events_kind ON events (kind, at)",
     )
     ADDED = (  # to the table since 2.0
@@ -1488,6 +1512,7 @@ class SQLiteStore(Store):
                 isolation_level=None,
                 check_same_thread=False,
             )
+            self.run(f"PRAGMA locking_mode = {self.LOCKING_MODE}")
             self.run("PRAGMA journal_mode = WAL")
             self.run("PRAGMA synchronous = FULL")
             self.run(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
@@ -1520,7 +1545,7 @@ class SQLiteStore(Store):
         user = os.geteuid() or directory.stat().st_uid
         name = user_name(user)
         if not is_writable(directory, user):
-            return f" - {name} may not write to {directory}: let _sqlitefile be where it may"
+            return f" - {name} may not write to {directory}: let {self.SETTING} be where it may"
         paths = [Path(f"{self._path}{suffix}") for suffix in ("", "-wal", "-shm")]
         closed = [path for path in paths if path.exists() and not is_writable(path, user)]
         if not closed:
@@ -1576,6 +1601,179 @@ class SQLiteStore(Store):
         if remedy := self._remedy():
             raise Unavailable(f"{self._path}: not writable{remedy}")
         return f"{self}: table sends found"
+
+
+class SpoolStore(SQLiteStore):
+    """What one daemon counts while its database is away. `n` is the order of the sends; no number
+    is ever used twice.
+
+    A row with token 0 is no send but part of an opening balance: what its account had used before.
+    `opening` gives it when an account is first met, and it is committed with the first append. The
+    table `spool` has one row: the spool's id, the database's, the token of an INSERT whose outcome
+    is in doubt, and how far the database's clock is ahead of this machine's, in microseconds.
+    """
+
+    SETTING = "_spoolfile"
+    LOCKING_MODE = "EXCLUSIVE"
+    SCHEMA = (
+        "CREATE TABLE IF NOT EXISTS sends (n INTEGER PRIMARY KEY AUTOINCREMENT,"
+        f" {SQLiteStore.SENDS}, UNIQUE (account, seq))",
+        SQLiteStore.EVENTS,
+        "CREATE TABLE IF NOT EXISTS spool (id TEXT NOT NULL, database TEXT NOT NULL,"
+        " doubt INTEGER NOT NULL, skew INTEGER NOT NULL)",
+    )
+
+    def __init__(self, path: Path, statement_timeout: float) -> None:
+        super().__init__(path, statement_timeout)
+        self.opening: Callable[[str], list[Entry]] = lambda _account: []
+        self.id = self.database = ""
+        self.doubt = self.skew = 0
+        self.done = 0  # the number of the last send that is known to be carried over
+        self.held = 0  # sends that are not, those of pools not counted
+        self.oldest_at = 0  # when the first of them was
+
+    def __str__(self) -> str:
+        return str(self._path)
+
+    def open(self, deadline: float = math.inf) -> None:
+        try:
+            super().open(deadline)
+        except Unavailable as error:
+            in_use = " - another saslquota uses it: let each have a _spoolfile of its own"
+            raise Unavailable(f"{error}{in_use if 'locked' in str(error) else ''}") from None
+
+    def _log_connected(self, line: str) -> None:
+        pass
+
+    def _make_tables(self) -> None:
+        super()._make_tables()
+        found = self.run("SELECT id, database, doubt, skew FROM spool")
+        is_empty = not self.run("SELECT 1 FROM sends LIMIT 1")
+        if not found or (is_empty and not self.id):  # machines may be made from one image
+            found = [(random_id(), "", 0, self.skew)]
+            sql = "INSERT OR REPLACE INTO spool (rowid, id, database, doubt, skew)"
+            self.run(f"{sql} VALUES (1, ?, ?, ?, ?)", found[0])
+        if found[0][0] != self.id:
+            self.done = 0
+        ((self.id, self.database, self.doubt, self.skew),) = found
+        ((self.held, self.oldest_at),) = self.run(
+            "SELECT COUNT(*), COALESCE(MIN(at), 0) FROM sends"
+            f" WHERE n > ? AND token <> 0 AND SUBSTR(account, 1, 5) <> '{POOL_PREFIX}'",
+            [self.done],
+        )
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        self.run(self.BEGIN_LOCKING)
+        try:
+            yield
+            self.run("COMMIT")
+        except BaseException:
+            with contextlib.suppress(StoreError):
+                self.run("ROLLBACK")
+            raise
+
+    def machine_now(self) -> int:
+        return super().now()
+
+    def now(self) -> int:
+        return self.machine_now() + self.skew
+
+    def join(self, database: str) -> None:
+        """What is counted from now on belongs to this database."""
+        if database != self.database:
+            self.run("UPDATE spool SET database = ?", [database])
+            self.database = database
+
+    def begin(self, now: int | None, entries: Sequence[Entry]) -> None:
+        """An outage begins, at this time of the database's if it is known; all that the file still
+        has was carried over. The entries are kept as they are: their INSERT is in doubt."""
+        skew = self.skew if now is None else now - self.machine_now()
+        doubt = entries[0].token if entries else 0
+        with self.transaction():
+            self.run("DELETE FROM sends")
+            self.run("UPDATE spool SET doubt = ?, skew = ?", [doubt, skew])
+            self._open_accounts({entry.account for entry in entries})
+            if entries:
+                self._insert(entries)
+        self.doubt, self.skew, self.held = doubt, skew, 0
+        self._hold(entries)
+
+    def newest_entries(self, wanted: Mapping[str, int], *, take_locks: bool) -> list[StoredEntry]:
+        found = super().newest_entries(wanted, take_locks=take_locks)
+        missing = wanted.keys() - {entry.account for entry in found}
+        if self._open_accounts(missing):
+            new = {name: wanted[name] for name in missing}
+            found += super().newest_entries(new, take_locks=False)
+        return found
+
+    def _open_accounts(self, names: Iterable[str]) -> bool:
+        """Write the opening balances of accounts, in a transaction that append() ends; whether
+        there were any."""
+        openings = [entry for name in sorted(names) for entry in self.opening(name)]
+        if openings and not self._connection.in_transaction:  # type: ignore[union-attr]
+            self.run(self.BEGIN_LOCKING)
+            self._in_locking_transaction = True
+        for first in range(0, len(openings), INSERT_ROWS):
+            self._insert(openings[first : first + INSERT_ROWS])
+        return bool(openings)
+
+    def append(self, entries: Sequence[Entry]) -> None:
+        super().append(entries)
+        self._hold(entries)
+
+    def _hold(self, entries: Sequence[Entry]) -> None:
+        if not self.held and entries:
+            self.oldest_at = entries[0].at
+        self.held += sum(not entry.account.startswith(POOL_PREFIX) for entry in entries)
+
+    def rollback(self) -> None:
+        """Opening balances stay, whatever has become of the sends: the accounts are remembered."""
+        if self._in_locking_transaction:
+            self._in_locking_transaction = False
+            try:
+                self.run("COMMIT")
+            except StoreError:
+                self.close()
+
+    def rest(self) -> list[tuple[int, Entry]]:
+        """The next sends to carry over, with their numbers."""
+        rows = self.run(
+            f"SELECT n, {COLUMNS} FROM sends WHERE n > ? AND token <> 0"
+            f" ORDER BY n LIMIT {CARRY_ROWS}",
+            [self.done],
+        )
+        return [(n, Entry(*row)) for n, *row in rows]
+
+    def carried(self, rows: Sequence[tuple[int, Entry]]) -> int:
+        """These sends are in the store; returns how many they are, those of pools not counted."""
+        number = sum(not entry.account.startswith(POOL_PREFIX) for _, entry in rows)
+        if rows:
+            self.done, self.oldest_at = rows[-1][0], rows[-1][1].at
+        self.held -= number
+        return number
+
+    def cut(self) -> None:
+        """All is carried over."""
+        ((size,),) = self.run("SELECT COUNT(*) FROM sends")
+        with self.transaction():
+            self.run("DELETE FROM sends")
+            self.run("UPDATE spool SET doubt = 0")
+        self.doubt = self.held = 0
+        if size > VACUUM_ROWS:
+            self.run("VACUUM")
+
+    def check(self) -> str:
+        try:
+            return super().check()
+        except Unavailable as error:
+            if "locked" not in str(error):
+                raise
+            return f"{self}: in use; that is right if it is by saslquota itself"
+
+
+def random_id() -> str:
+    return f"{random.getrandbits(64):016x}"
 
 
 def is_writable(path: Path, user: int) -> bool:
@@ -1727,8 +1925,9 @@ class MySQLStore(Store):
     TRY_INSERT = f"INSERT INTO sends ({COLUMNS}) SELECT {COLUMNS} FROM sends WHERE FALSE"
 
     def __init__(self, config: Config) -> None:
-        # Whole seconds, time for a second try, and longer than a lock is waited for.
-        super().__init__(max(LOCK_WAIT + 1, config.dbtimeout // 2))
+        # Whole seconds; longer than a lock is waited for; time for a second try, and for a spool.
+        seconds = config.dbtimeout - (config.onfailure == "LOCAL")
+        super().__init__(max(LOCK_WAIT + 1, seconds // 2))
         self._config = config
         self._hosts = collections.deque(config.myhost)
         self._cursor: Any = None
@@ -1748,13 +1947,13 @@ class MySQLStore(Store):
         self._error = connector.Error
         which = "C extension" if connector.HAVE_CEXT else "pure Python"
         self._connector = f"mysql-connector-python {connector.__version__} ({which})"
-        if self._host_failed:
-            self._hosts.rotate(-1)
+        self._hosts.rotate(-self._host_failed)
         failures: list[str] = []
         for _ in range(len(self._hosts)):
             if failures and time.monotonic() + self.statement_timeout > deadline:
                 break
             try:
+                self._check_time()
                 self._connection = connect(self._config, self._hosts[0], self.statement_timeout)
                 self._prepare()
                 self._host_failed = False
@@ -1780,8 +1979,7 @@ class MySQLStore(Store):
         self.run(self.TRY_INSERT)
 
     def now(self) -> int:
-        (row,) = self.run(f"SELECT {self.TIME.format('UTC_TIMESTAMP(6)')}")
-        return int(row[0])
+        return int(self.run(f"SELECT {self.TIME.format('UTC_TIMESTAMP(6)')}")[0][0])
 
     def _execute(self, sql: str, values: Sequence[Value]) -> list[Any]:
         if not self._connection:
@@ -2063,6 +2261,11 @@ class Clock:
     def is_fresh(self) -> bool:
         return self._is_trusted and self._ticks() - self._read_at <= FRESHNESS * 1e6
 
+    @property
+    def is_known(self) -> bool:
+        """Whether it was ever read."""
+        return self._offset != 0
+
     def is_steady(self) -> bool:
         """Whether it is long since the first reading, and since one that was far off."""
         return self._ticks() - self._stepped_at >= CLOCK_PROBATION * 1e6
@@ -2119,7 +2322,8 @@ class WindowCache:
     """The oldest entries of an account within one period, each as its time and the total before it.
 
     `gone` is the number of the last entry before them. It is complete when there are none after
-    them; else the store must be asked once these have left.
+    them; else the store must be asked once these have left, of which the last one stays: an opening
+    balance begins with it.
     """
 
     __slots__ = ("capacity", "complete", "gone", "rows")
@@ -2141,6 +2345,8 @@ class WindowCache:
         """The total before the oldest entry at or after `start`; None when the store must tell."""
         rows = self.rows
         while rows and rows[0][0] < start:
+            if len(rows) == 1 and not self.complete:
+                return None
             del rows[0]
             self.gone += 1
         if rows:
@@ -2170,11 +2376,14 @@ class CachedAccount:
     """What is remembered of one account. Exact until another daemon appends to it, which makes our
     own INSERT collide."""
 
-    __slots__ = ("ahead_until", "at", "epoch", "name", "read_at", "seq", "total", "windows")
+    __slots__ = (
+        *("ahead_until", "at", "epoch", "is_late", "name", "read_at", "seq", "total", "windows"),
+    )
 
     def __init__(self, head: StoredEntry) -> None:
         self.name, self.seq, self.epoch, self.at, _, self.total = head
         self.ahead_until = self.at  # of the database's clock, in microseconds; see time()
+        self.is_late = False  # `at` is that of an entry that was taken back
         self.read_at = 0.0  # monotonic seconds; when the head was
         self.windows: dict[int, WindowCache] = {}  # by period
 
@@ -2241,9 +2450,44 @@ class CachedAccount:
         for period, window in self.windows.items():
             self.windows[period] = WindowCache([], self.seq, window.capacity)
 
+    def opening(self) -> list[Entry]:
+        """Entries with the head's number at last, of which each window holds what is used of it.
+
+        They are those that the windows know. What is not known lies between two of them: it is
+        spread evenly, over times at which it had left the windows that know it to be gone.
+        """
+        known: dict[int, tuple[int, int]] = {}  # by number: time, and total before it
+        for window in self.windows.values():
+            known.update(enumerate(window.rows, window.gone + 1))
+        points = [(seq, *known[seq]) for seq in sorted(known) if seq <= self.seq]
+        if not points and self.seq:
+            points = [(self.seq, self.at, self.total)]
+        rows: list[tuple[int, int]] = []  # time, and total with it
+        ends = (self.seq + 1, self.at, self.total)
+        for (seq, at, before), (after, until, total) in itertools.pairwise([*points, ends]):
+            number = min(OPENING_ROWS, after - seq)
+            span = max(0, min([until, *self._left_before(after - 1)]) - at)
+            for n in range(number):
+                when = at + span * n // max(1, number - 1)
+                rows.append((when, before + (total - before) * (n + 1) // number))
+        first, before = self.seq + 1 - len(rows), points[0][2] if points else 0
+        entries = []
+        for seq, (at, total) in enumerate(rows, first):
+            counted = self.name, seq, self.epoch, at, total - before, total
+            entries.append(Entry(*counted, instance="", token=0))
+            before = total
+        return entries
+
+    def _left_before(self, seq: int) -> list[int]:
+        """The times at which the entry of this number has left a window, the head still not."""
+        head = self.seq + self.is_late
+        periods = [p for p, window in self.windows.items() if seq <= window.gone < head]
+        return [self.at - period * 1_000_000 - 1 for period in periods]
+
     def take_back(self, entry: Entry) -> None:
         """Undo an append(), but for the time: the head tells."""
         if entry.seq == self.seq:
+            self.is_late = True
             self.seq, self.total = entry.seq - 1, entry.total - entry.recipients
             for window in self.windows.values():
                 window.take_back(self.total)
@@ -2498,6 +2742,7 @@ class Orders:
         self._orders: dict[str, Order] = {}  # by account
         self._next_read = -math.inf  # monotonic seconds
         self._complaints = RateLimit(REMINDER_INTERVAL)
+        self.keep: Callable[[Sequence[Order]], None] = lambda _orders: None  # what was read
 
     @property
     def fresh_until(self) -> float:
@@ -2512,6 +2757,7 @@ class Orders:
         try:
             found = self._events.orders(max(0, now - self._retention))
             self._orders = {order.account: order for order in found}
+            self.keep(found)
         except StoreError as error:
             self._store.run("SELECT 1")
             if isinstance(error, Conflict):
@@ -2561,6 +2807,8 @@ def raised(windows: tuple[Window, ...], amount: int) -> tuple[Window, ...]:
 
 COLLISIONS_BEFORE_LOCKING = 3  # in a row; the next try takes locks
 MAX_CONNECTION_FAILURES = 3  # under one batch, then it is given up
+PURGE_ROWS = 50  # in one DELETE: a millisecond or two
+PURGE_START = (0, "", 0)
 LOCK_CONFIRMATION = 0.1  # seconds after which a locked account is looked at again
 
 
@@ -2601,6 +2849,40 @@ class Usage(NamedTuple):
         return (self.used + self.debit.recipients) / (self.window.msgquota or 1)
 
 
+class Purge:
+    """Deletes the sends older than the retention, some at a time."""
+
+    def __init__(self, store: Store, clock: Clock, retention: int) -> None:
+        self._store = store
+        self._clock = clock
+        self._retention = retention  # microseconds
+        self._mark: tuple[int, str, int] = PURGE_START  # at, account, seq: how far it has come
+
+    def go_on(self, now: int) -> bool:
+        """False when there are no more, or while the clock may be wrong: it would empty the
+        table."""
+        return self._clock.is_steady() and self.delete(now - self._retention)
+
+    def delete(self, before: int) -> bool:
+        """Look at the next PURGE_ROWS rows older than `before`, and delete those that are not their
+        account's newest; whether there are more."""
+        (at, account, seq), store = self._mark, self._store
+        newer = "SELECT 1 FROM sends AS n WHERE n.account = s.account AND n.seq > s.seq"
+        found = store.run(
+            f"SELECT {store.SELECT_AT}, account, seq, EXISTS ({newer}) FROM sends AS s"
+            f" WHERE at < {store.BIND_TIME} AND at >= {store.BIND_TIME} AND (at > {store.BIND_TIME}"
+            " OR account > ? OR (account = ? AND seq > ?))"
+            f" ORDER BY at, account, seq LIMIT {PURGE_ROWS}",
+            (before, at, at, account, account, seq),
+        )
+        old = [(account, seq) for _, account, seq, has_newer in found if has_newer]
+        if old:
+            keys = " OR ".join(["(account = ? AND seq = ?)"] * len(old))
+            store.run(f"DELETE FROM sends WHERE {keys}", [value for key in old for value in key])
+        self._mark = tuple(found[-1][:3]) if len(found) == PURGE_ROWS else PURGE_START
+        return self._mark != PURGE_START
+
+
 class AccountsLocked(StoreError):
     """Another session has locked accounts of a batch. `entries` holds one of each, which cannot be
     appended. Nothing was written."""
@@ -2625,6 +2907,15 @@ class Batch:
     @property
     def debits(self) -> list[Debit]:
         return [debit for charge in self.charges for debit in charge.debits]
+
+    @property
+    def needs_locks(self) -> bool:
+        return self.collisions >= COLLISIONS_BEFORE_LOCKING
+
+    def check_time(self, now: float, takes: float) -> None:
+        """Raise TimedOut if an INSERT that takes so many seconds would end after the deadline."""
+        if self.entries and now + takes > self.deadline:
+            raise TimedOut(f"timed out: a statement takes {takes:.1f} s")
 
 
 class Decision:
@@ -2758,16 +3049,17 @@ class Ledger:
     another daemon appended meanwhile, our INSERT would collide and write nothing.
     """
 
+    chore_at = math.inf  # monotonic seconds
+
     def __init__(
         self, store: Store, retention: int, monotonic: Callable[[], float] = time.monotonic
     ) -> None:
         self._store = store
-        self._retention = retention * 1_000_000
         self._monotonic = monotonic
         self._clock = Clock(store, monotonic)
         self._accounts = Accounts(store, self._clock, monotonic)
-        self._orders = Orders(store, self._retention, monotonic)
-        self._purged: PurgeMark = PURGE_START
+        self._orders = Orders(store, retention * 1_000_000, monotonic)
+        self._purge = Purge(store, self._clock, retention * 1_000_000)
         self.stopping = False  # no more attempts: set by another thread
 
     def open(self, deadline: float = math.inf) -> None:
@@ -2779,6 +3071,17 @@ class Ledger:
         """Forget everything; what is charged next opens the store again."""
         self._accounts.forget_all()
         self._store.close()
+
+    def recover(self, deadline: float) -> float:
+        """Make charge() possible again; return how long a write takes, in seconds."""
+        self.open(deadline)
+        return self.probe()
+
+    def chore(self) -> None:
+        """What is due at `chore_at`."""
+
+    def status(self) -> dict[str, object]:
+        return {"store": "up", "down_since": "", "accounts_remembered": len(self._accounts)}
 
     def probe(self) -> float:
         """Commit a write that leaves nothing behind; return how long it took, in seconds."""
@@ -2798,11 +3101,16 @@ class Ledger:
         been written, or may still be.
         """
         batch = Batch(charges, deadline, is_wanted)
+        self._charge(batch)
+        return batch.verdicts
+
+    def _charge(self, batch: Batch) -> None:
+        """As charge(). After Unavailable it `is_uncertain` whether the entries were written."""
         failures = 0
         while True:
             try:
                 self._try(batch)
-                return batch.verdicts
+                return
             except Conflict as error:
                 reason = str(error)
                 self._take_back(batch)
@@ -2816,11 +3124,11 @@ class Ledger:
             except Unavailable as error:
                 reason = str(error)
                 failures += 1
+                batch.is_uncertain = bool(batch.entries)
                 if failures == MAX_CONNECTION_FAILURES:
                     raise
-                batch.is_uncertain = bool(batch.entries)
-                self.open(deadline)
-            if self.stopping or self._monotonic() >= deadline:
+                self.open(batch.deadline)
+            if self.stopping or self._monotonic() >= batch.deadline:
                 raise TimedOut(f"timed out: {reason}")
 
     def _try(self, batch: Batch) -> None:
@@ -2833,15 +3141,11 @@ class Ledger:
         if not batch.is_uncertain:
             batch.entries = []  # nothing is under way, should the decision fail
             self._decide(batch)
-        self._check_time(batch)
+        # As long as the last one, or the last statement.
+        batch.check_time(
+            self._monotonic(), max(self._store.insert_took, self._store.statement_took)
+        )
         self._store.append(batch.entries)
-
-    def _check_time(self, batch: Batch) -> None:
-        """Raise TimedOut if the INSERT would end after the deadline: if it took as long as the last
-        one, or the last statement."""
-        takes = max(self._store.insert_took, self._store.statement_took)
-        if batch.entries and self._monotonic() + takes > batch.deadline:
-            raise TimedOut(f"timed out: a statement takes {takes:.1f} s")
 
     def _take_back(self, batch: Batch) -> None:
         """Forget what was decided and not written."""
@@ -2868,15 +3172,10 @@ class Ledger:
     def wait_for_locks(self, wait: bool) -> None:
         self._store.wait_for_locks(wait)
 
-    @property
-    def accounts_remembered(self) -> int:
-        return len(self._accounts)
-
     def _decide(self, batch: Batch) -> None:
         """Find the verdicts, and the entries that make them true."""
-        take_locks = batch.collisions >= COLLISIONS_BEFORE_LOCKING
         self._orders.refresh(self._clock.now().clock)
-        now = self._accounts.refresh(batch.debits, take_locks=take_locks)
+        now = self._accounts.refresh(batch.debits, take_locks=batch.needs_locks)
         decision = Decision(self._accounts, self._orders, now, self._monotonic)
         verdicts = []
         try:
@@ -2906,20 +3205,628 @@ class Ledger:
             self.open()
 
     def purge(self) -> bool:
-        """Delete some sends older than the retention; False when there are no more, or while the
-        clock may be wrong: it would empty the table.
-
-        Raises Conflict, and Unavailable when the store cannot be opened either.
-        """
+        """As Purge.go_on(). Raises Conflict, and Unavailable when the store cannot be opened
+        either."""
         try:
-            cutoff = self._accounts.read_clock().clock - self._retention
-            if not self._clock.is_steady():
-                return False
-            self._purged = self._store.purge(cutoff, self._purged)
+            return self._purge.go_on(self._accounts.read_clock().clock)
         except Unavailable:  # an idle connection may have been closed
             self.open()
             return True
-        return self._purged != PURGE_START
+
+
+# --- Spool ----------------------------------------------------------------------------------------
+
+SPOOL_TIME = 1.0  # seconds of _dbtimeout that are left for the spool when the database fails
+CARRY_COLLISIONS = 10  # in a row, then the database is left alone for a moment
+ATTEMPT_INTERVAL = 1.0  # seconds between two attempts to carry sends over
+ATTEMPT_WATCH = 0.05  # seconds between two looks whether one has ended
+
+
+class OtherDatabase(Unavailable):
+    """A spool holds sends that do not belong to this database."""
+
+
+class LocalAccounts(Accounts):
+    """Accounts that are remembered when the connection is lost: what has not been read on a new one
+    serves for opening balances only. Nothing is decided upon it."""
+
+    def __init__(self, store: Store, clock: Clock, monotonic: Callable[[], float]) -> None:
+        super().__init__(store, clock, monotonic)
+        self._earlier: collections.OrderedDict[str, CachedAccount] = collections.OrderedDict()
+
+    def take_back(self, entries: Sequence[Entry]) -> None:
+        super().take_back(entries)
+        self._cache, self._earlier = self._earlier, self._cache
+        super().take_back(entries)
+        self._cache, self._earlier = self._earlier, self._cache
+
+    def forget_all(self) -> None:
+        self._cache.update(self._earlier)  # what is in both was about to be read
+        self._earlier = self._cache.copy()
+        super().forget_all()
+
+    def refresh(self, debits: Sequence[Debit], *, take_locks: bool) -> Now:
+        now = super().refresh(debits, take_locks=take_locks)
+        for debit in debits if self._earlier else ():
+            self._earlier.pop(debit.account, None)
+        while len(self._earlier) > CACHED_ACCOUNTS:
+            self._earlier.popitem(last=False)
+        return now
+
+    def opening(self, name: str) -> list[Entry]:
+        """The opening balance of an account, as far as it is known; see CachedAccount."""
+        account = self._earlier.get(name) or self._cache.get(name)
+        return account.opening() if account else []
+
+    def begin_as(self, other: Accounts) -> None:
+        """Know which accounts are ahead."""
+        self._ahead = other._ahead.copy()
+
+    def take_over(self, other: LocalAccounts) -> None:
+        """Forget all, but for what another one remembers of the same accounts."""
+        self.forget_all()
+        other.forget_all()
+        self._earlier.update(other._earlier)
+
+
+class RememberingLedger(Ledger):
+    """A ledger with LocalAccounts."""
+
+    def __init__(self, store: Store, retention: int, monotonic: Callable[[], float]) -> None:
+        super().__init__(store, retention, monotonic)
+        self._accounts = self.accounts = LocalAccounts(store, self._clock, monotonic)
+
+
+class Carrier:
+    """Carries what a spool holds over into the store, each send exactly once.
+
+    The account "SPOOL id" has the marks: the total of the newest is the number of the last send
+    that was carried over. Each INSERT has the next mark among its rows. So of two INSERTs of the
+    same sends only one can get in, also if the other was given up and wakes later in a frozen
+    server, and the mark tells which sends are in. What the ledger remembers is not touched.
+    """
+
+    def __init__(self, store: Store, spool: SpoolStore) -> None:
+        self._store = store
+        self._spool = spool
+
+    def home(self) -> str:
+        """The id of the database, made by the daemon that comes first; in a table that was made
+        anew it is what it was. Raises Unavailable."""
+        select = "SELECT instance FROM sends WHERE account = ? AND seq = 1"
+        for _ in range(COLLISIONS_BEFORE_LOCKING):
+            if rows := self._store.run(select, [SPOOL_ACCOUNT]):
+                return str(rows[0][0])
+            home = self._spool.database or random_id()
+            new = Entry(SPOOL_ACCOUNT, 1, 1, self._store.now(), 0, 0, home, 0)
+            with contextlib.suppress(Conflict):
+                self._store.append([new])
+        raise Unavailable(f"account {SPOOL_ACCOUNT}: rows locked by another database session")
+
+    def other_database(self, home: str) -> OtherDatabase:
+        remedy = "move the file away, or set _myhost and _mydb to that database"
+        found = f"its sends belong to another database, {self._spool.database}, this is {home}"
+        return OtherDatabase(f"{self._spool}: {found}: {remedy}")
+
+    def reopen(self, rows: Sequence[tuple[int, Entry]], timeout: float) -> str:
+        """Open the store and carry these sends over: that it can be opened proves too little.
+        Returns the database's id. Raises Unavailable, also when it takes longer than `timeout`."""
+        self._store.open()
+        home = self.home()
+        if rows and self._spool.database not in ("", home):
+            raise self.other_database(home)
+        began = time.monotonic()
+        if not self.carry(rows):
+            self._store.probe()
+        took = time.monotonic() - began
+        if took > timeout:
+            raise TimedOut(f"timed out: a write takes {took:.1f} s")
+        return home
+
+    def carry(self, rows: Sequence[tuple[int, Entry]]) -> bool:
+        """Carry these sends over, but for those that are in; whether anything was written. Raises
+        Unavailable: the next attempt finds out what has become of this one."""
+        for collisions in range(CARRY_COLLISIONS if rows else 0):
+            try:
+                return self._try(rows, take_locks=collisions >= COLLISIONS_BEFORE_LOCKING)
+            except LockTimeout as error:
+                raise Unavailable(f"rows locked by another database session: {error}") from None
+            except Conflict as error:
+                reason = error
+            finally:
+                self._store.rollback()
+        if rows:
+            raise Unavailable(f"other daemons are always faster: {reason}")
+        return False
+
+    def _try(self, rows: Sequence[tuple[int, Entry]], *, take_locks: bool) -> bool:
+        now, mark = self._store.now(), f"{SPOOL_ACCOUNT} {self._spool.id}"
+        names = sorted({mark, *(entry.account for _, entry in rows)}, key=lock_order)
+        wanted = dict.fromkeys(names, 1)
+        heads = {name: StoredEntry(name, 0, 1, 0, 0, 0) for name in names}
+        newest = self._store.newest_entries(wanted, take_locks=take_locks)
+        heads.update((entry.account, entry) for entry in newest)
+        last = heads[mark].total
+        if rows[-1][0] <= last:
+            return False
+        left = self._without_doubt([entry for n, entry in rows if n > last])
+        step = Entry(mark, 0, 1, now, rows[-1][0] - last, 0, socket.gethostname()[:64], 0)
+        token = random.getrandbits(63)  # one of its own: that of the doubt is looked for
+        entries = [self._chained(entry, heads, now, token) for entry in [*left, step]]
+        self._store.append(
+            sorted(entries, key=lambda entry: (lock_order(entry.account), entry.seq))
+        )
+        return True
+
+    def _without_doubt(self, entries: list[Entry]) -> list[Entry]:
+        """Leave out what the INSERT in doubt has written: all its rows are in, or none. This look
+        comes after that at the heads: if it gets in later, it takes a key that ours needs."""
+        doubtful = [entry for entry in entries if entry.token == self._spool.doubt]
+        if not doubtful or self._spool.doubt not in self._store.tokens(doubtful):
+            return entries
+        return [entry for entry in entries if entry.token != self._spool.doubt]
+
+    @staticmethod
+    def _chained(entry: Entry, heads: dict[str, StoredEntry], now: int, token: int) -> Entry:
+        """The entry as the next one of its account, whose head it becomes. A reset in the store
+        wins: it counts in the new epoch."""
+        head = heads[entry.account]
+        epoch = max(head.epoch, entry.epoch)
+        if not entry.recipients and not entry.total:
+            epoch = head.epoch + 1
+        before = head.total if epoch == head.epoch else 0
+        at, total = max(head.at, min(entry.at, now)), before + entry.recipients
+        heads[entry.account] = StoredEntry(head.account, head.seq + 1, epoch, at, before, total)
+        return entry._replace(seq=head.seq + 1, epoch=epoch, at=at, total=total, token=token)
+
+
+class Attempt(threading.Thread):
+    """Tries in the background whether the store can be used again: a frozen server would keep the
+    committer waiting, and all senders with it."""
+
+    def __init__(self, carrier: Carrier, rows: Sequence[tuple[int, Entry]], timeout: float) -> None:
+        super().__init__(name="attempt", daemon=True)
+        self._carrier = carrier
+        self._timeout = timeout
+        self.rows = rows
+        self.home = ""
+        self.error: StoreError | None = None
+        self.is_over = False
+
+    def run(self) -> None:
+        try:
+            self.home = self._carrier.reopen(self.rows, self._timeout)
+        except StoreError as error:
+            self.error = error
+        except Exception as error:  # a bug must not end the attempts
+            log.exception("an error in saslquota itself, the attempt is repeated")
+            self.error = Unavailable(repr(error))
+        self.is_over = True
+
+
+class OutageLog:
+    """What is logged of a spool, and counted for the status."""
+
+    def __init__(self, file: SpoolStore) -> None:
+        self._file = file
+        self.began_at = 0.0  # Unix time; 0 if the store is up
+        self._carrying_since = 0.0  # monotonic seconds
+        self._sends = 0  # carried over since the outage began
+        self._next_reminder = 0.0  # monotonic seconds
+        self._spool_complaints = RateLimit(REMINDER_INTERVAL)
+        self.reason = ""
+        self.outages = self.carried = self.spool_errors = 0
+
+    def begin(self, error: StoreError | None) -> None:
+        """The spool decides; without an error because it still holds sends."""
+        self.began_at, self._sends = time.time(), 0
+        self._next_reminder = time.monotonic() + REMINDER_INTERVAL
+        if error:
+            self.outages += 1
+            self.reason = str(error)
+            text = "database unavailable, sends are counted in %s until it is back: %s"
+            log.error(text, self._file, self.reason)
+
+    def failed(self, error: StoreError, *, has_stopped: bool = False) -> None:
+        """An attempt to carry over has."""
+        self.reason = str(error)
+        if has_stopped:
+            text = "carrying over stopped, %s holds %d sends: %s"
+            log.warning(text, self._file, self._file.held, self.reason)
+
+    def remind(self) -> None:
+        """Say every minute that it lasts."""
+        now = time.monotonic()
+        if now >= self._next_reminder:
+            self._next_reminder = now + REMINDER_INTERVAL
+            lasts = time.time() - self.began_at
+            text = "database unavailable for %.0f s, %s holds %d sends: %s"
+            log.error(text, lasts, self._file, self._file.held, self.reason)
+
+    def carry(self, number: int) -> None:
+        """So many sends have been carried over."""
+        if not self._sends:
+            self._carrying_since = time.monotonic()
+        self._sends += number
+        self.carried += number
+
+    def end(self, *, is_all: bool) -> None:
+        """The store decides, and has all sends, unless the spool cannot be used."""
+        if self.began_at and is_all:
+            took = time.monotonic() - self._carrying_since if self._sends else 0.0
+            log.warning("database back: %d sends carried over in %.1f s", self._sends, took)
+        self.began_at, self.reason = 0.0, ""
+
+    def spool_failed(self, error: StoreError) -> None:
+        self.spool_errors += 1
+        if self._spool_complaints.allows():
+            log.error("spool cannot be used, without it _onfailure is DEFER_IF_PERMIT: %s", error)
+
+
+class Spool:
+    """A spool's file with the ledger over it, and whether they can be used."""
+
+    def __init__(self, file: SpoolStore, retention: int, monotonic: Callable[[], float]) -> None:
+        self.file = file
+        self.log = OutageLog(file)
+        self.trouble = ""  # why it cannot be used
+        self._retention, self._monotonic = retention, monotonic
+        self._has_begun = True  # whether the file knows of this outage
+        self._began_at: int | None = None  # microseconds since 1970, UTC, by the store's clock
+        self._kept_orders: Sequence[Order] | None = None  # in the file
+        self.forget()
+
+    def forget(self) -> None:
+        self.ledger = RememberingLedger(self.file, self._retention, self._monotonic)
+
+    def open(self, deadline: float = math.inf) -> None:
+        """Open the file anew; see `trouble`."""
+        self._kept_orders = None
+        try:
+            self.ledger.open(deadline)
+            self.trouble = ""
+        except StoreError as error:
+            self.lose(error)
+
+    def lose(self, error: StoreError) -> None:
+        """It cannot be used."""
+        self.trouble = str(error)
+        self.log.spool_failed(error)
+        self.ledger.close()
+
+    def rest(self) -> list[tuple[int, Entry]]:
+        """The next sends to carry over; none if it cannot be used."""
+        try:
+            return self.file.rest()
+        except StoreError as error:
+            self.lose(error)
+            return []
+
+    def join(self, home: str) -> None:
+        """What is counted from now on belongs to this database."""
+        try:
+            self.file.join(home)
+        except StoreError as error:
+            self.lose(error)
+
+    def begin(self, clock: Clock, accounts: Accounts, doubtful: Sequence[Entry]) -> None:
+        """An outage begins. Raises Unavailable, and then the next charge begins it."""
+        self.forget()
+        self.ledger.accounts.begin_as(accounts)
+        self._began_at = None
+        if clock.is_known:
+            self._began_at, fastest = clock.now()
+            self.ledger._clock.note(fastest)
+        self._has_begun = False
+        self._begin(doubtful)
+
+    def _begin(self, doubtful: Sequence[Entry]) -> None:
+        try:
+            try:
+                self.file.begin(self._began_at, doubtful)
+            except StoreError:  # it may have been closed
+                self.ledger.open()
+                self.file.begin(self._began_at, doubtful)
+            self._has_begun = True
+        except StoreError as error:
+            self.lose(error)
+            raise Unavailable(str(error)) from None
+
+    def charge(
+        self, charges: Sequence[Charge], deadline: float, is_wanted: Callable[[int], bool]
+    ) -> list[Verdict]:
+        try:
+            self._reopen(deadline)
+            return self.ledger.charge(charges, deadline, is_wanted)
+        except Unavailable as error:
+            self.lose(error)
+            raise
+
+    def recover(self, deadline: float) -> float:
+        """As Ledger.recover()."""
+        self._reopen(deadline)
+        return self.ledger.probe()
+
+    def _reopen(self, deadline: float) -> None:
+        if self.trouble:
+            self.ledger.open(deadline)
+            self.trouble = ""
+        if not self._has_begun:
+            self._began_at = None
+            self._begin([])
+
+    def keep_orders(self, orders: Sequence[Order]) -> None:
+        """So they hold in an outage, also after a restart in it. If it fails the next call tries
+        again."""
+        if self.trouble or orders == self._kept_orders:
+            return
+        columns = "account, kind, until, amount, epoch, number, at, author, note"
+        sql = f"INSERT INTO events ({columns}) VALUES (?, ?, ?, ?, ?, 1, 0, '', '')"
+        with contextlib.suppress(StoreError):
+            with self.file.transaction():
+                self.file.run("DELETE FROM events")
+                for order in orders:
+                    self.file.run(sql, order)
+            self._kept_orders = orders
+
+    def cut(self) -> None:
+        """All is carried over."""
+        self.forget()
+        try:
+            self.file.cut()
+        except StoreError as error:  # the mark makes what is left harmless
+            self.log.spool_failed(error)
+
+    def status(self) -> dict[str, object]:
+        spool, held = self.log, self.file.held
+        return {
+            **({"down_since": round(spool.began_at)} if spool.began_at else {}),
+            "spool": self.file,
+            "spooled_sends": held,
+            "spooled_since": self.file.oldest_at // 1_000_000 if held else "",
+            "outages": spool.outages,
+            "sends_carried_over": spool.carried,
+            "spool_errors": spool.spool_errors,
+            "last_error": " ".join((self.trouble or spool.reason).split()),
+        }
+
+
+class Changeover(RememberingLedger):
+    """Who decides, a store or a spool, and when that changes.
+
+    state     decides    the store is used by  ends when
+    starting  nobody     the committer         the first attempt has succeeded, or failed
+    up        the store  the committer         a batch cannot be decided there: probing
+    probing   the spool  an Attempt            one has carried a batch over: back
+    back      the spool  the committer         nothing is left: up; the store fails: probing
+
+    If the spool cannot be used the store decides, and _onfailure is as DEFER_IF_PERMIT.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        file: SpoolStore,
+        retention: int,
+        timeout: float,
+        monotonic: Callable[[], float] = time.monotonic,
+        *,
+        spools: bool = True,
+    ) -> None:
+        super().__init__(store, retention, monotonic)
+        self.state, self.chore_at = "starting", 0.0
+        self._timeout = timeout  # seconds, as the committer's
+        self._spools = spools  # else it only carries over what an earlier daemon has left
+        self._spool = Spool(file, retention, monotonic)
+        self._carrier = Carrier(store, file)
+        self._attempt: Attempt | None = None
+        self._home = ""  # the id of the database
+        self._orders.keep = self._spool.keep_orders
+        file.opening = self.accounts.opening
+
+    def open(self, deadline: float = math.inf) -> None:
+        super().open(deadline)
+        self._home = self._carrier.home()
+        if self.state == "up" and not self._spool.trouble:
+            self._spool.join(self._home)
+            self._plan_chore()
+
+    def _plan_chore(self) -> None:
+        """While the store decides: a spool in trouble is tried again."""
+        self.chore_at = math.inf
+        if self._spool.trouble:
+            self.chore_at = self._monotonic() + REMINDER_INTERVAL
+
+    def chore(self) -> None:
+        if self.state == "starting":
+            self._start(time.monotonic() + self._timeout)
+        elif self.state == "probing":
+            self._probe()
+        elif self.state == "back":
+            self._carry()
+        else:
+            self.chore_at = self._monotonic() + REMINDER_INTERVAL
+            self._spool.open()  # it was in trouble
+            if not self._spool.trouble:
+                self._settle()
+
+    def _start(self, deadline: float) -> None:
+        """Find out who decides. Until then nobody does: in an empty spool the first requests after
+        each restart would have a quota of their own."""
+        self._spool.open()
+        try:
+            with self._store.hurry(deadline):
+                self.open(deadline - SPOOL_TIME)
+        except Unavailable as error:
+            if self._spool.trouble or not self._spools:
+                raise
+            self._spool.log.begin(error)
+            self._probe_soon()
+        else:
+            self._settle()
+
+    def _settle(self) -> None:
+        """The store can be used; so can the spool, unless it is in trouble."""
+        rows = [] if self._spool.trouble else self._spool.rest()
+        if rows and self._spool.file.database not in ("", self._home):
+            self._spool.lose(self._carrier.other_database(self._home))
+        if rows and not self._spool.trouble:
+            self._accounts.forget_all()
+            self._spool.log.begin(None)
+            self.state, self.chore_at = "back", 0.0
+        else:
+            self._count_in_store()
+
+    def _go_on_in_spool(self, error: StoreError, batch: Batch | None = None) -> None:
+        """The store has failed. Raises Unavailable when the spool does, too."""
+        doubtful: Sequence[Entry] = ()
+        if batch:
+            self._accounts.take_back(batch.entries)
+            doubtful = batch.entries if batch.is_uncertain else ()
+        self._accounts.forget_all()
+        self._spool.log.begin(error)
+        self._probe_soon()
+        self._spool.begin(self._clock, self._accounts, doubtful)
+
+    def _probe_soon(self) -> None:
+        self.state = "probing"
+        self.chore_at = self._monotonic() + ATTEMPT_INTERVAL
+
+    def _probe(self) -> None:
+        self._spool.log.remind()
+        attempt = self._attempt
+        if attempt is None:
+            attempt = self._attempt = Attempt(self._carrier, self._spool.rest(), self._timeout)
+            attempt.start()
+        self.chore_at = self._monotonic() + ATTEMPT_WATCH
+        if not attempt.is_over:
+            return
+        self._attempt = None
+        if isinstance(attempt.error, OtherDatabase):
+            self._spool.lose(attempt.error)
+            self._count_in_store()
+        elif attempt.error:
+            self._spool.log.failed(attempt.error)
+            self._probe_soon()
+        else:
+            self._home, self._spool.log.reason = attempt.home, ""
+            self._spool.log.carry(self._spool.file.carried(attempt.rows))
+            self.state, self.chore_at = "back", 0.0
+
+    def _carry(self) -> None:
+        """Carry a batch over, after each batch of charges: so the spool gets empty however busy it
+        is, and nobody waits for long."""
+        rows = self._spool.rest()
+        if not rows:
+            self._count_in_store()
+            return
+        try:
+            with self._store.hurry(time.monotonic() + self._timeout):
+                self._carrier.carry(rows)
+        except StoreError as error:
+            self._spool.log.failed(error, has_stopped=True)
+            self._probe_soon()
+        else:
+            self._spool.log.carry(self._spool.file.carried(rows))
+
+    def _count_in_store(self) -> None:
+        """Nothing is left in the spool, or it cannot be used. What it remembers of its accounts is
+        remembered for the next outage."""
+        self.accounts.take_over(self._spool.ledger.accounts)
+        self.state = "up"
+        if self._spool.trouble:
+            self._spool.forget()
+        else:
+            self._spool.cut()
+            self._spool.join(self._home)
+        self._spool.log.end(is_all=not self._spool.trouble)
+        self._plan_chore()
+
+
+class LocalLedger(Changeover):
+    """A ledger that goes on in a spool of its own while its store cannot be used."""
+
+    def charge(
+        self,
+        charges: Sequence[Charge],
+        deadline: float,
+        is_wanted: Callable[[int], bool] = lambda _: True,
+    ) -> list[Verdict]:
+        if self.state == "starting":
+            self._start(deadline)
+        if self.state == "up":
+            if not self._spools or self._spool.trouble:
+                return super().charge(charges, deadline, is_wanted)
+            batch = Batch(charges, deadline - SPOOL_TIME, is_wanted)
+            try:
+                with self._store.hurry(deadline):
+                    self._charge(batch)
+                return batch.verdicts
+            except Unavailable as error:
+                self._go_on_in_spool(error, batch)
+            if batch.is_uncertain:
+                return batch.verdicts
+        return self._spool.charge(charges, deadline, is_wanted)
+
+    def close(self) -> None:
+        self._accounts.forget_all()
+        if self.state != "probing":
+            self._store.close()
+        if held := self._spool.file.held:
+            log.warning("%s holds %d sends that the database lacks", self._spool.file, held)
+        self._spool.ledger.close()
+
+    def recover(self, deadline: float) -> float:
+        if self.state != "up":
+            self.chore()
+        elif self._spools and not self._spool.trouble:
+            self._go_on_in_spool(TimedOut("timed out: no decision within _dbtimeout"))
+        if self.state == "up":
+            return super().recover(deadline)
+        return self._spool.recover(deadline)
+
+    def _find_locked(self, batch: Batch) -> None:
+        with self._store.hurry(math.inf):  # it takes little
+            super()._find_locked(batch)
+
+    def still_locked(self, entries: Sequence[Entry]) -> list[Entry]:
+        return super().still_locked(entries) if self.state == "up" else []
+
+    def wait_for_locks(self, wait: bool) -> None:
+        if self.state == "up":
+            super().wait_for_locks(wait)
+
+    def purge(self) -> bool:
+        with self._as_chore():
+            return super().purge()
+
+    def note_refusals(self, refused: Sequence[Refused], author: str) -> set[str]:
+        if self.state != "up":
+            raise Conflict("the database is unavailable")
+        with self._store.hurry(time.monotonic() + self._timeout):
+            return super().note_refusals(refused, author)
+
+    def open_if_lost(self) -> None:
+        with contextlib.suppress(Conflict), self._as_chore():
+            super().open_if_lost()
+
+    @contextlib.contextmanager
+    def _as_chore(self) -> Iterator[None]:
+        """For what may be put off, by a Conflict, until the store is there."""
+        if self.state != "up":
+            raise Conflict("the database is unavailable")
+        try:
+            with self._store.hurry(time.monotonic() + self._timeout):
+                yield
+        except Unavailable as error:
+            if not self._spools or self._spool.trouble:
+                raise
+            self._go_on_in_spool(error)
+            raise Conflict(str(error)) from None
+
+    def status(self) -> dict[str, object]:
+        decides = super().status() if self.state == "up" else self._spool.ledger.status()
+        return {**decides, "store": self.state, **self._spool.status()}
 
 
 # --- Incidents ------------------------------------------------------------------------------------
@@ -3146,8 +4053,8 @@ class Outage:
             self.lasts = self._is_final = True
 
     def status(self) -> dict[str, object]:
-        since = round(self.began_at) if self.lasts else ""
-        return {"store": "down" if self.lasts else "up", "down_since": since}
+        """While it lasts."""
+        return {"store": "down", "down_since": round(self.began_at)} if self.lasts else {}
 
     def end(self) -> None:
         """A charge has been accepted, and written."""
@@ -3242,8 +4149,8 @@ class Committer(threading.Thread):
     gathering  taking what is in the queue                charging; the fallback in an outage
     charging   in the ledger, the only state that may     idle; a StoreError begins an outage
                take long
-    chore      noting incidents, purging a bite, or       idle
-               reconnecting
+    chore      noting incidents, carrying over what a     idle
+               spool holds, purging, or reconnecting
 
     Other threads only submit(), which uses the queue, the watchdog, and what Outage and Refusals
     say; and the main thread ends it.
@@ -3287,8 +4194,8 @@ class Committer(threading.Thread):
         return pending
 
     def status(self) -> dict[str, object]:
-        found = {"accounts_remembered": self._ledger.accounts_remembered}
-        return {**self._outage.status(), **found, "incidents": self.incidents.begun}
+        is_down = self._outage.status()
+        return {**self._ledger.status(), **is_down, "incidents": self.incidents.begun}
 
     def give_up(self) -> None:
         """Let everybody who still waits have the fallback, within WATCH_INTERVAL."""
@@ -3323,7 +4230,8 @@ class Committer(threading.Thread):
     def _gather(self) -> list[PendingCharge]:
         """Wait for a charge, until the next chore at most; take what else is there."""
         batch: list[PendingCharge] = []
-        chore_at = self._outage.retry_at if self._outage.lasts else self._next_purge_at
+        due = self._next_purge_at, self._ledger.chore_at
+        chore_at = self._outage.retry_at if self._outage.lasts else min(due)
         wait = max(0.0, min(RECONNECT_INTERVAL, chore_at - time.monotonic()))
         with contextlib.suppress(queue.Empty):
             while len(batch) < MAX_BATCH:
@@ -3384,6 +4292,8 @@ class Committer(threading.Thread):
                 self._reconnect()
         elif now >= self.incidents.next_note_at:
             self.incidents.note(self._ledger)
+        elif now >= self._ledger.chore_at:
+            self._ledger.chore()
         elif now >= self._next_purge_at:
             self._next_purge_at = now + PURGE_PUT_OFF
             try:
@@ -3394,11 +4304,9 @@ class Committer(threading.Thread):
             self._next_purge_at = time.monotonic() + pause
 
     def _reconnect(self) -> None:
-        """Open the store. One that takes so long for a write that a decision would be late is still
-        down."""
+        """Open the store. One that takes too long for a write is still down."""
         self._outage.retry_at = time.monotonic() + RECONNECT_INTERVAL
-        self._ledger.open(time.monotonic() + self._timeout)
-        took = self._ledger.probe()
+        took = self._ledger.recover(time.monotonic() + self._timeout)
         if took > self._timeout:
             raise TimedOut(f"timed out: a write takes {took:.1f} s")
         self._outage.try_again()
@@ -4082,6 +4990,19 @@ def make_store(config: Config) -> SQLiteStore | MySQLStore:
     return MySQLStore(config)
 
 
+def make_spool(config: Config) -> SpoolStore:
+    return SpoolStore(config.beside(config.spoolfile), statement_timeout=0.2)
+
+
+def make_ledger(config: Config, store: Store) -> Ledger:
+    """With a spool, if there shall be one or there is one: it may hold sends."""
+    retention = config.retentiondays * 86400
+    is_local = config.onfailure == "LOCAL"
+    if is_local or (config.store == "mysql" and config.beside(config.spoolfile).exists()):
+        return LocalLedger(store, make_spool(config), retention, config.dbtimeout, spools=is_local)
+    return Ledger(store, retention)
+
+
 def check_setup(config: Config, user: str = "") -> int:
     """Print what is found of files, rules, address and store; 0 when all is well. For root it is
     what the daemon's user would find: `user`, or else the owner of the directory that the daemon
@@ -4267,6 +5188,8 @@ def check_address(config: Config) -> Iterator[str]:
 
 
 def check_store(config: Config) -> Iterator[str]:
+    if config.onfailure == "LOCAL":
+        yield make_spool(config).check()
     yield make_store(config).check()
 
 
@@ -4320,7 +5243,7 @@ def run_daemon(config: Config) -> int:
     signals = catch_signals()
     store = make_store(config)
     policy = Policy(config, rules)
-    ledger = Ledger(store, config.retentiondays * 86400)
+    ledger = make_ledger(config, store)
     committer = Committer(ledger, config.dbtimeout, Outage(policy.consequence))
     server = PolicyServer(config, policy, committer)
     writer, place = start_logging(config)

@@ -29,6 +29,7 @@ from helpers import (
     require,
 )
 from servers.daemon import Daemon, copy_shipped
+from servers.disk import small_disk
 from servers.mariadb import Database, MariaDB
 from servers.mysql import NO_MYSQL, MySQL, require_mysql
 from servers.postfix import Postfix
@@ -207,6 +208,14 @@ def daemon(new_directory: Callable[[], Path]) -> Iterator[StartDaemon]:
             return stack.enter_context(started)
 
         yield start
+
+
+@pytest.fixture
+def disk(new_directory: Callable[[], Path]) -> Iterator[Path]:
+    """A file system of 200 MB, with room for a SmallMariaDB."""
+    require("mount", root=True)
+    with small_disk(new_directory(), 200) as path:
+        yield path
 
 
 @pytest.fixture

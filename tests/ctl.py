@@ -23,6 +23,26 @@ RULES = {
 }
 
 
+def spool_entries(now: int) -> list[Entry]:
+    """The database's id, and marks of a spool, with as much as could be mistaken for a sender's."""
+    home = Entry("SPOOL", 1, 1, now - 60 * SECOND, 0, 0, "5eed", 1)
+    marks = [
+        Entry(
+            "SPOOL 1a2b",
+            n,
+            1,
+            now - (60 - n) * SECOND,
+            500,
+            500 * n,
+            "host",
+            7,
+            bytes([9] * 3 + [n]),
+        )
+        for n in range(1, 21)
+    ]
+    return [home, *marks]
+
+
 class Site:
     """A ledger, its settings and rules, and the script that looks at it."""
 
@@ -48,6 +68,10 @@ class Site:
         ]
         self._chains[account] = seq + number, epoch, total + number
         self.store.append(entries)
+
+    def spooled(self) -> None:
+        """What a spool leaves in the table: no sender of that name may be seen anywhere."""
+        self.store.append(spool_entries(self.store.now()))
 
     def event(self, account: str, kind: str, ago: float = 60, **values: object) -> None:
         """Times among the values are seconds from now."""

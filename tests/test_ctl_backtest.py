@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+from ctl import spool_entries
 from fleet import NEVER, START, Fleet, fast_directory
 from helpers import DAY, examples, mysql_config
 from hypothesis import given
@@ -349,6 +350,15 @@ def test_a_message_is_charged_once_to_whom_counts_messages(site: Site, ctl: Any)
         ("b@example.com", 2, "2 messages in 1h"),
         ("c@example.com", 1, "2 messages in 1h"),
     ]
+
+
+def test_a_spool_is_no_sender(site: Site, ctl: Any) -> None:
+    site.add("a@x", (0.2, 3))
+    site.store.append(spool_entries(site.store.now()))
+    assert refused(ctl("--json", "backtest", "--limit", "2/1h")) == [("a@x", 3, "2 in 1h")]
+    assert ctl("backtest")[1][0].startswith("1 send of 1 sender ")
+    _, (line,), _ = ctl("--json", "recommend")
+    assert (json.loads(line)["logins"], json.loads(line)["highest"]) == (1, 3)
 
 
 def test_a_reset_begins_anew(site: Site, ctl: Any) -> None:

@@ -802,6 +802,143 @@ def test_rules_that_are_not_valid(local: Session) -> None:
     assert (found.state, "quotarules.json" in found.text) == ("PROBLEM", True)
 
 
+# --- The spool ------------------------------------------------------------------------------------
+
+
+LOCAL = {"_onfailure": "LOCAL", "_dbtimeout": 3}
+
+
+def spool_finds(running: Daemon, **changes: object) -> list[str]:
+    """State and text of what is found, with these settings, but for the file's name."""
+    running.config.update(changes)
+    running.write_config()
+    session = Session(saslquota.load_config(running.config_file, {}))
+    found = list(saslquotadoctor.attempt("store", "", saslquotadoctor.check_spool(session)))
+    session.close()
+    file = f"{running.directory / 'saslquota.spool'}"
+    return [f"{one.state} {one.text}".replace(file, "FILE") for one in found]
+
+
+@pytest.fixture
+def left(server: MariaDB, database: Database, daemon: StartDaemon) -> Daemon:
+    """A daemon that was killed when three sends were in its spool. The database is back."""
+    running = daemon({**database.config(), **LOCAL})
+    with running.policy() as policy:
+        assert policy.ask() == "OK"
+        server.kill()
+        assert [policy.ask() for _ in range(3)] == ["OK"] * 3
+        running.kill9()
+    server.start()
+    return running
+
+
+def test_no_spool(daemon: StartDaemon) -> None:
+    assert spool_finds(daemon()) == []
+
+
+def test_a_spool_that_is_still_to_be_made(local: Session) -> None:
+    session = Session(dataclasses.replace(local.config, store="mysql", onfailure="LOCAL"))
+    ((state, text, _),) = saslquotadoctor.check_spool(session)
+    assert (state, text.endswith("saslquota.spool: will be made at the first start")) == (
+        "OK",
+        True,
+    )
+    session.config.path.parent.joinpath("saslquota.spool").mkdir()
+    (found,) = saslquotadoctor.attempt("store", "", saslquotadoctor.check_spool(session))
+    assert (found.state, "unable to open database file" in found.text) == ("PROBLEM", True)
+
+
+def test_a_spool_that_the_daemon_may_not_write(left: Daemon) -> None:
+    if not IS_ROOT:
+        pytest.skip("needs root")
+    shutil.chown(left.directory, SERVICE)
+    session = Session(saslquota.load_config(left.config_file, {}))
+    says = saslquotadoctor.check_spool(session)
+    (found,) = saslquotadoctor.attempt("store", "", says)
+    assert f"belongs to root, {SERVICE} may not write to it" in found.text
+    run_remedy(found)
+    assert spool_finds(left)[0] == "OK FILE: table sends found"
+
+
+def test_sends_that_a_killed_daemon_has_left(left: Daemon, database: Database) -> None:
+    if IS_ROOT:
+        for path in [left.directory, *left.directory.iterdir()]:
+            shutil.chown(path, SERVICE)
+    ok, found = spool_finds(left)
+    assert ok == "OK FILE: table sends found"
+    assert re.match(r"WARNING FILE holds 3 sends since [\d:]{8} that the database lacks: ", found)
+    owners = {path.owner() for path in left.directory.glob("saslquota.spool*")}
+    assert owners == {left.directory.owner()}, "the daemon can open them"
+    database.sql(
+        "INSERT INTO sends (account, seq, epoch, at, recipients, total, instance, token)"
+        f" VALUES ('SPOOL {spool_id(left)}', 1, 1, UTC_TIMESTAMP(6), 3, 3, '', 1)"
+    )  # of 4 rows, as the first is what was used before
+    assert spool_finds(left)[1].startswith("WARNING FILE holds 1 send since ")
+
+
+def spool_id(running: Daemon) -> str:
+    path = running.directory / "saslquota.spool"
+    with closing(sqlite3.connect(path)) as connection:
+        ((found,),) = connection.execute("SELECT id FROM spool")
+        return str(found)
+
+
+def test_sends_that_another_onfailure_has_left(left: Daemon) -> None:
+    (found,) = spool_finds(left, _onfailure="OK")
+    assert found.startswith("WARNING FILE holds 3 sends since ")
+    left.start()
+    wait_for_log(left, "database back: 3 sends carried over")
+    assert spool_finds(left) == []
+    left.stop()
+    assert spool_finds(left) == ["OK FILE is empty, left of _onfailure LOCAL: it may be removed"]
+    assert spool_finds(left, _onfailure="LOCAL") == ["OK FILE: table sends found"]
+
+
+def test_sends_of_another_database(left: Daemon, server: MariaDB) -> None:
+    other = server.create_database()
+    other.sql("INSERT INTO sends VALUES ('SPOOL', 1, 1, UTC_TIMESTAMP(6), 0, 0, 'b', 0, '', '')")
+    found = spool_finds(left, **other.config())[1]
+    assert re.match(
+        r"PROBLEM FILE holds 3 sends since .* of another database, \w{16}, this is b: ", found
+    )
+    left.ledger.unlink(missing_ok=True)
+    (found,) = spool_finds(left, _store="sqlite", _onfailure="OK")
+    assert found.startswith("WARNING FILE holds 3 sends"), "it does not exist yet"
+    make_store(saslquota.load_config(left.config_file, {})).open()
+    (found,) = spool_finds(left)
+    assert re.match(r"PROBLEM FILE holds 3 sends since .*, this is SQLite ", found)
+
+
+def test_a_spool_that_is_in_use(server: MariaDB, database: Database, daemon: StartDaemon) -> None:
+    """The daemon itself says what it holds."""
+    running = daemon({**database.config(), **LOCAL})
+    session = Session(saslquota.load_config(running.config_file, {}))
+
+    def said() -> list[str]:
+        return [f"{state} {text}" for state, text, _ in saslquotadoctor.check_daemon(session)]
+
+    with running.policy() as policy:
+        assert policy.ask() == "OK"
+        assert re.match("OK .*spool: empty; since the start 0 outages", said()[1])
+        assert spool_finds(running) == [
+            "OK FILE: in use; that is right if it is by saslquota itself"
+        ]
+        server.kill()
+        assert policy.ask() == "OK"
+        assert re.match(
+            "WARNING .*spool: database down since .* counts here: 1 send since", said()[1]
+        )
+
+
+def test_a_daemon_that_was_not_restarted_for_local(daemon: StartDaemon) -> None:
+    running = daemon()
+    config = saslquota.load_config(running.config_file, {})
+    session = Session(dataclasses.replace(config, onfailure="LOCAL", store="mysql"))
+    found = [said for said in saslquotadoctor.check_daemon(session) if said[0] == "WARNING"]
+    assert found[0][1] == "it runs without the _onfailure LOCAL of saslquota.json"
+    assert found[0][2].endswith("restart saslquota")
+
+
 ANSWER = {
     "version": saslquota.__version__,
     "uptime": "4000",

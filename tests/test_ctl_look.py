@@ -1,6 +1,7 @@
 """saslquotactl.py: status, top and show, on real stores."""
 
 import json
+import re
 import socketserver
 import sys
 import tempfile
@@ -17,12 +18,12 @@ from helpers import DAY, StartDaemon, examples, mysql_config, require
 from hypothesis import given
 from hypothesis import strategies as st
 from servers.audit import SECOND
-from servers.mariadb import Database
+from servers.mariadb import Database, MariaDB
 from servers.ports import LOOPBACK
-from servers.process import ROOT, clean_environment, run
+from servers.process import ROOT, clean_environment, run, wait_for
 
 import saslquotactl
-from saslquota import Config, Entry, MySQLStore, Window
+from saslquota import Config, Entry, MySQLStore, Window, load_config
 from saslquotactl import Session, measure
 
 BOB, ANN = "bob@example.com", "ann@example.com"
@@ -310,6 +311,32 @@ def test_show_of_an_unknown_login_names_the_nearest(site: Site, ctl: Ctl) -> Non
     assert said.endswith("; known: bob@example.net, bob@example.com\n")
 
 
+def test_a_spool_is_no_sender(site: Site, ctl: Ctl) -> None:
+    site.sends("spoo@x.example", 1)
+    site.spooled()
+    assert [row["login"] for row in rows_of(ctl(site, "--json", "top")[1])] == ["spoo@x.example"]
+    with answering(site):
+        status, said = ctl(site, "status")
+    assert (status, "1 sent by 1 sender in" in said) == (0, True), said
+    said = ctl(site, "show", "x 1a2b")[1] + ctl(site, "show", "*", "-p", "2d")[1]
+    assert "SPOOL" not in said
+
+
+@pytest.mark.parametrize("name", ["SPOOL", "SPOOL 1a2b"])
+@pytest.mark.parametrize(
+    "command",
+    [["show"], ["reset"], ["block"], ["unblock"], ["grant"], ["queue"], ["backtest", "--login"]],
+    ids=" ".join,
+)
+def test_there_are_no_orders_for_a_spool(
+    local: Site, ctl: Ctl, command: list[str], name: str
+) -> None:
+    local.spooled()
+    status, said = ctl(local, *command, name, *(["9"] if command == ["grant"] else []))
+    what = f"saslquotactl: {name} belongs to the daemons' spools, not to a sender;"
+    assert (status, said) == (2, f"{what} a login of that name is: {name.lower()}\n")
+
+
 # --- status ---------------------------------------------------------------------------------------
 
 REPLY = {
@@ -391,6 +418,92 @@ def test_what_the_daemon_says_of_itself(
         assert found == status, said
         assert ctl(local, "status", "-q") == (status, "")
         assert rows_of(ctl(local, "--json", "status")[1])[0]["what"] == "daemon"
+
+
+SPOOL = {  # what the daemon says of it, while its database is away
+    "store": "probing",
+    "down_since": 1_700_000_000,
+    "spool": "/var/lib/saslquota/saslquota.spool",
+    "spooled_sends": 12,
+    "spooled_since": 1_700_000_060,
+    "outages": 2,
+    "sends_carried_over": 40,
+    "spool_errors": 0,
+    "last_error": "2003: Can't connect",
+}
+WELL: dict[str, object] = {"store": "up", "spooled_sends": 0, "last_error": ""}
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "says"),
+    [
+        (
+            {},
+            1,
+            r"database down since 14 .*, the daemon counts here: 12 sends since .*: 2003: Can't",
+        ),
+        (
+            {"store": "back"},
+            1,
+            r"database back, still to be carried over: 12 sends since [\w ]+ [\d:]{5}$",
+        ),
+        ({"store": "starting"}, 1, "the daemon has just started .* requests wait"),
+        (WELL, 0, "empty; since the start 2 outages, 40 sends carried over$"),
+        ({**WELL, "spooled_sends": 1}, 1, "still to be carried over: 1 send since "),
+        ({**WELL, "last_error": "disk is full"}, 1, "cannot be used, .* 0 sends: disk is full"),
+        (
+            {"store": "down"},
+            2,
+            "cannot be used, without it _onfailure is DEFER_IF_PERMIT; holds 12",
+        ),
+        (
+            {name: None for name in SPOOL if name not in ("spool", "store")},
+            1,
+            "database down, .* here: 0 sends$",
+        ),
+    ],
+    ids=["probing", "back", "starting", "up", "rest", "trouble", "down", "little"],
+)
+def test_what_the_daemon_says_of_its_spool(
+    local: Site, change: dict[str, object], status: int, says: str
+) -> None:
+    settings = {**local.settings, "_store": "mysql", "_onfailure": "LOCAL"}
+    local.config.write_text(json.dumps(settings))
+    with answering(local, **{**SPOOL, **change}):
+        level, lines, _ = saslquotactl.daemon_part(Session(load_config(local.config, {})))
+    assert level == status
+    assert re.search(rf"spool    {SPOOL['spool']}: .*{says}", lines[-1]), lines
+
+
+def test_a_spool_that_is_left_of_another_onfailure(local: Site, ctl: Ctl) -> None:
+    with answering(local, **{**SPOOL, "store": "down"}):
+        status, said = ctl(local, "status")
+    assert status == 2
+    assert ": not used, _onfailure is not LOCAL; holds 12 sends since 14 " in said
+
+
+def test_an_outage_in_which_the_daemon_counts_on_is_a_warning(
+    server: MariaDB, database: Database, daemon: StartDaemon, ctl: Ctl
+) -> None:
+    started = daemon({**database.config(), "_onfailure": "LOCAL"})
+    site = Site.__new__(Site)
+    site.config = started.config_file
+    with started.policy() as policy:
+        assert policy.ask() == "OK"
+        assert ctl(site, "status", "-q") == (0, "")
+        server.kill()
+        assert policy.ask() == "OK"
+        status, said = ctl(site, "status")
+        assert (status, ctl(site, "status", "-q")) == (1, (1, "")), said
+        assert re.search("spool    .*: database down since .* counts here: 1 send since .*", said)
+        assert "\nstore    127.0.0.1: " in said
+        assert ctl(site, "top")[0] == 2
+        assert "\nsaslquota_spooling 1\n" in ctl(site, "metrics")[1]
+        server.start()
+        wait_for(lambda: "spool: empty;" in ctl(site, "status")[1], 20, "an empty spool")
+        status, said = ctl(site, "status")
+    assert (status, ": empty; since the start 1 outage, 1 send carried over\n" in said) == (0, True)
+    assert "2 sent by 1 sender" in said
 
 
 def test_somebody_is_near_the_limit(site: Site, ctl: Ctl) -> None:

@@ -22,7 +22,7 @@ from servers.clock import (
     set_clock_under_load,
 )
 from servers.daemon import Daemon, PolicyClient
-from servers.disk import full, small_disk
+from servers.disk import full
 from servers.load import (
     CONFIG,
     DEFERRED,
@@ -36,7 +36,16 @@ from servers.load import (
     Load,
     outlast,
 )
-from servers.mariadb import Database, MariaDB, changed, crowded, frozen, kill_connections, session
+from servers.mariadb import (
+    Database,
+    MariaDB,
+    SmallMariaDB,
+    changed,
+    crowded,
+    frozen,
+    kill_connections,
+    session,
+)
 from servers.mysql import MySQL
 from servers.ports import LOOPBACK
 from servers.process import ROOT, pause, run, wait_for, wait_for_log
@@ -308,20 +317,6 @@ def test_a_missing_table(database: Database, counting: Daemon) -> None:
         load.counts_within()
     load.assert_answered(LATEST)
     audit(entries(database), [s for s in load.accepted() if s.began > imported])
-
-
-class SmallMariaDB(MariaDB):
-    """A server whose log leaves most of a small disk to the tables."""
-
-    def command(self) -> list[str | Path]:
-        return [*super().command(), "--innodb-log-file-size=8M"]
-
-
-@pytest.fixture
-def disk(new_directory: Callable[[], Path]) -> Iterator[Path]:
-    require("mount", root=True)
-    with small_disk(new_directory(), 200) as path:
-        yield path
 
 
 def test_a_full_disk(disk: Path, daemon: StartDaemon) -> None:

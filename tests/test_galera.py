@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers import StartDaemon, require
+from servers import outage
 from servers.audit import Entry, assert_never_over_quota, audit, entries
 from servers.clock import libfaketime, set_clock
 from servers.daemon import Daemon
@@ -136,6 +137,33 @@ def test_a_node_is_frozen(galera: Galera, shared: Database, daemon: StartDaemon)
     audit(ours, load.accepted(), lambda _: (3600, quota))
     assert set(accepted) <= {row.instance for row in ours}
     assert len(ours) == quota * len(SENDERS), "exactly the quota"
+
+
+def test_all_nodes_are_killed_and_come_back_one_by_one(
+    galera: Galera, shared: Database, daemon: StartDaemon
+) -> None:
+    """Each daemon counts on in a spool of its own; nothing is lost, or twice."""
+    rules = {"default": {"period": 3600, "msgquota": 10**6, "msg": "over quota"}}
+    config = {**shared.config(), **outage.CONFIG}
+    daemons = [daemon({**config, "_myhost": galera.hosts(n)}, rules) for n in range(3)]
+    with Load([d.port for d in daemons], SENDERS, connections=9, pause=0.02) as load:
+        load.wait(OK, 20, 100)
+        for node in reversed(galera.nodes):
+            node.kill()
+        load.wait(OK, 20, 300)
+        galera.nodes[0].is_the_newest()
+        for node in galera.nodes:
+            node.start()
+            load.wait(OK, 20, 100)
+        galera.wait_for_size(3)
+        for running in daemons:
+            wait_for_log(running, outage.BACK)
+    outage.settle(*daemons)
+    rows = assert_same_everywhere(galera, shared)
+    ours = [row for row in rows if not row.account.startswith("SPOOL")]
+    audit(ours, load.accepted(), lambda _: (3600, 10**6))
+    assert {sample.reply for sample in load.samples} == {OK}
+    assert max(sample.took for sample in load.samples) <= outage.DBTIMEOUT + SLACK
 
 
 @contextmanager

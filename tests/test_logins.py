@@ -15,6 +15,7 @@ from saslquota import (
     IGNORABLE,
     MAX_ACCOUNT,
     POOL_PREFIX,
+    SPOOL_ACCOUNT,
     ConfigError,
     fold,
     fold_characters,
@@ -148,10 +149,10 @@ def test_folding_twice_is_folding_once_for_each_character() -> None:
 @HARD
 @given(LOGINS)
 def test_what_an_account_is_like(login: str) -> None:
-    """It is no pool; and MySQL, to which texts are equal but for spaces at the end, tells it from
-    any other."""
+    """It is no pool, and no spool; and MySQL, to which texts are equal but for spaces at the end,
+    tells it from any other."""
     folded = fold(login)
-    assert not folded.startswith(POOL_PREFIX)
+    assert not folded.startswith((POOL_PREFIX, SPOOL_ACCOUNT))
     assert folded == folded.strip()
     assert bool(folded) is bool(login.strip())
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import StartDaemon, require
@@ -46,6 +47,17 @@ SAID = {
     "first_request_at": "1795730003",
     "rules_valid": "no",
     "log_lines_lost": "0",
+}
+SPOOLING = {  # with _onfailure LOCAL, while the database is away
+    **SAID,
+    "store": "probing",
+    "spool": "/var/lib/saslquota/saslquota.spool",
+    "spooled_sends": "812",
+    "spooled_since": "1795730000",
+    "outages": "2",
+    "sends_carried_over": "4711",
+    "spool_errors": "1",
+    "last_error": "2003: Can't connect",
 }
 COUNTED = {"refused_senders": 3, "blocked_senders": 1, "incidents_untold": 2}
 
@@ -87,17 +99,34 @@ def test_what_the_daemon_says_and_what_is_in_the_tables() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("store", "is_up", "spooling"),
+    [("up", 1, 0), ("starting", 0, 0), ("probing", 0, 1), ("back", 1, 1), ("down", 0, 0)],
+)
+def test_what_the_daemon_says_of_its_spool(store: str, is_up: int, spooling: int) -> None:
+    found = values(metrics_text({**SPOOLING, "store": store}, {}))
+    without = values(metrics_text(SAID, {}))
+    assert {name: value for name, value in found.items() if value != without.get(name)} == {
+        **({} if is_up else {"saslquota_store_up": 0}),
+        "saslquota_spooling": spooling,
+        "saslquota_spooled_sends": 812,
+        "saslquota_outages_total": 2,
+        "saslquota_carried_total": 4711,
+        "saslquota_spool_errors_total": 1,
+    }
+
+
 def test_a_daemon_that_does_not_answer_is_down() -> None:
     assert values(metrics_text({}, {})) == {"saslquota_up": 0}
 
 
-@pytest.mark.parametrize("missing", SAID)
+@pytest.mark.parametrize("missing", SPOOLING)
 def test_a_line_that_the_daemon_does_not_say_takes_no_other_along(missing: str) -> None:
-    some = {name: value for name, value in SAID.items() if name != missing}
-    everything = values(metrics_text(SAID, COUNTED))
+    some = {name: value for name, value in SPOOLING.items() if name != missing}
+    everything = values(metrics_text(SPOOLING, COUNTED))
     found = values(metrics_text(some, COUNTED))
     assert found.items() <= everything.items()
-    needed = {"decision_seconds_le_inf": 8, "decision_seconds_sum": 8}
+    needed = {"decision_seconds_le_inf": 8, "decision_seconds_sum": 8, "store": 2}
     assert len(everything) - len(found) <= needed.get(missing, 1)
 
 
@@ -115,7 +144,7 @@ def check_metrics(text: str) -> None:
 
 def test_promtool_takes_the_text() -> None:
     require("promtool")
-    check_metrics(metrics_text(SAID, COUNTED))
+    check_metrics(metrics_text(SPOOLING, COUNTED))
     check_metrics(metrics_text({}, {}))
 
 
@@ -131,6 +160,9 @@ FIRES = [  # a series every minute, the alert, and when
     ("saslquota_incidents_untold", "1x30", "SaslquotaIncidentsUntold", "16m"),
     ("saslquota_rules_valid", "0x30", "SaslquotaRulesInvalid", "6m"),
     ("saslquota_log_lines_lost_total", "0 5x9", "SaslquotaLogLinesLost", "3m"),
+    ("saslquota_spooling", "0 1x30", "SaslquotaSpooling", "12m"),
+    ("saslquota_spooled_sends", "0 5x30", "SaslquotaSpooling", "12m"),
+    ("saslquota_spool_errors_total", "0 1x9", "SaslquotaSpoolFails", "3m"),
 ]
 QUIET = [
     ('saslquota_up{instance="a"}', "1x9", "SaslquotaDown", "3m"),
@@ -138,6 +170,9 @@ QUIET = [
     ('saslquota_requests_total{verdict="refused"}', "0+50x9", "SaslquotaFallback", "3m"),
     ("saslquota_incidents_total", "0+0.05x70", "SaslquotaManyIncidents", "70m"),
     ("saslquota_incidents_untold", "1x5 0x30", "SaslquotaIncidentsUntold", "16m"),
+    ("saslquota_spooling", "0 1x8 0x30", "SaslquotaSpooling", "12m"),
+    ("saslquota_spooled_sends", "0x30", "SaslquotaSpooling", "12m"),
+    ("saslquota_spool_errors_total", "1x9", "SaslquotaSpoolFails", "3m"),
 ]
 
 
@@ -158,7 +193,20 @@ def test_promtool_finds_the_alerts_right(tmp_path: Path) -> None:
             assert ("alertname" in done.stdout + done.stderr) == fires
 
 
-def alert_test(rules: Path, series: str, numbers: str, alert: str, at: str) -> object:
+def test_a_database_that_the_spool_stands_in_for_is_no_alarm_yet(tmp_path: Path) -> None:
+    require("promtool")
+    rules = CONTRIB / "saslquota.rules.yml"
+    test = alert_test(rules, "saslquota_store_up", "1 0x9", "SaslquotaStoreDown", "3m")
+    for spooling in (1, 0):
+        series = {"series": "saslquota_spooling", "values": f"0 {spooling}x9"}
+        test["tests"][0]["input_series"][1:] = [series]
+        path = tmp_path / f"{spooling}.yml"
+        path.write_text(json.dumps(test), "utf-8")
+        done = subprocess.run(["promtool", "test", "rules", str(path)], capture_output=True)
+        assert (done.returncode == 0) == bool(spooling), done
+
+
+def alert_test(rules: Path, series: str, numbers: str, alert: str, at: str) -> dict[str, Any]:
     """A test of promtool's that fails if the alert fires. JSON is YAML, too."""
     return {
         "rule_files": [str(rules)],
@@ -176,7 +224,7 @@ def alert_test(rules: Path, series: str, numbers: str, alert: str, at: str) -> o
 @pytest.mark.parametrize("name", ["saslquota.rules.yml", "grafana-dashboard.json"])
 def test_what_is_asked_for_exists(name: str) -> None:
     asked = set(re.findall(r"\bsaslquota_\w+", (CONTRIB / name).read_text("utf-8")))
-    known = {re.split("[{ ]", line)[0] for line in metrics_text(SAID, COUNTED).splitlines()}
+    known = {re.split("[{ ]", line)[0] for line in metrics_text(SPOOLING, COUNTED).splitlines()}
     assert len(asked) > 5
     assert asked <= known
 

@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from ctl import spool_entries
 from helpers import StartDaemon, require
 from servers.chromium import Chromium
 from servers.daemon import Daemon
-from servers.mariadb import Database
+from servers.mariadb import Database, MariaDB
 from servers.ports import LOOPBACK, free_port
 
 import saslquota
@@ -144,6 +145,7 @@ def test_it_shows_what_is_in_the_database(
     with served(daemon(config, RULES)) as (url, store):
         now = add_sends(store, sends)
         add_sends(store, {pool: sends[bob]})  # is not counted twice
+        store.append(spool_entries(now))  # nor at all
         last = {"at": now - 2 * HOUR, "last": now - MINUTE, "amount": 90}
         add_event(store, bob, "refused", note=note("x@y.example"), told=now, **last)
         add_event(store, pool, "refused", note=note("z@y.example"), amount=3, last=now)
@@ -252,6 +254,19 @@ def test_it_says_what_is_down(browser: Chromium, daemon: StartDaemon) -> None:
     assert len(complaints) == 2
     assert complaints[0].startswith(f"daemon   {LOOPBACK}")
     assert complaints[1].startswith("database ")
+
+
+def test_it_says_that_the_daemon_counts_on_without_its_database(
+    browser: Chromium, daemon: StartDaemon, server: MariaDB, database: Database
+) -> None:
+    running = daemon({**database.config(), "_onfailure": "LOCAL"}, RULES)
+    with served(running) as (url, _), running.policy() as policy:
+        server.kill()
+        assert policy.ask() == "OK"
+        browser.open(url)
+        *_, spool, away = browser.texts("b")
+    assert re.match(r"spool    .*: database down since .* counts here: 1 send since ", spool)
+    assert away.startswith("database ")
 
 
 def test_broken_rules_leave_the_rest(browser: Chromium, daemon: StartDaemon) -> None:

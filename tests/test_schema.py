@@ -24,7 +24,13 @@ COMPARED = "a schema does not compare values with each other"
 WHOLE = "to a schema 10008.0 is an integer"
 NETWORK = "a schema does not compute with addresses"
 INEXPRESSIBLE: Mapping[str, Mapping[str, str]] = {
-    "config": {"duplicate": TWICE, "allow-host-bits": NETWORK, "bindport-fraction": WHOLE},
+    "config": {
+        "duplicate": TWICE,
+        "allow-host-bits": NETWORK,
+        "bindport-fraction": WHOLE,
+        "onfailure-local-sqlite": COMPARED,
+        "onfailure-local-dbtimeout": COMPARED,
+    },
     "rules": {
         "duplicate": TWICE,
         "duplicate-field": TWICE,

@@ -1,6 +1,7 @@
 """What SECURITY.md says and no other test shows."""
 
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from servers.daemon import Daemon
 from servers.mariadb import Database
 from servers.process import clean_environment, wait_for_log
 
-from saslquota import HEAD_ROWS, PURGE_START, Config, Entry, MySQLStore
+from saslquota import HEAD_ROWS, Clock, Config, Entry, MySQLStore, Purge
 
 PASSWORD = "correct-horse-battery-staple"
 DAY = 86400 * 1_000_000  # microseconds
@@ -55,7 +56,7 @@ def test_the_rights_that_suffice(database: Database) -> None:
     store.append(rows)
     assert store.tokens(rows) == {7}
     assert max(store.newest_entries(dict.fromkeys(["alice"], HEAD_ROWS), take_locks=False)).seq == 2
-    assert store.purge(old + DAY, PURGE_START) == PURGE_START
+    assert not Purge(store, Clock(store, time.monotonic), 0).delete(old + DAY)
     store.close()
     assert count_rows(database, "alice") == 1
     server.sql("DROP USER least@'%'")

@@ -22,12 +22,13 @@ from servers.process import ROOT, wait_for
 import saslquota
 from saslquota import (
     HEAD_ROWS,
-    PURGE_START,
+    Clock,
     Config,
     Conflict,
     Entry,
     Ledger,
     MySQLStore,
+    Purge,
     SQLiteStore,
     Store,
     Unavailable,
@@ -234,9 +235,9 @@ def test_a_purge_takes_old_rows_but_never_the_newest(
         rows = [row(account, seq, old) for seq in range(1, 6)]
         store.append([*rows, row(account, 6, old + 1)])
     store.append([row("a", 7, now)])
-    place, rounds = store.purge(now - 30 * DAY * SECOND, PURGE_START), 1
-    while place != PURGE_START:
-        place, rounds = store.purge(now - 30 * DAY * SECOND, place), rounds + 1
+    purge, rounds = Purge(store, Clock(store, time.monotonic), 0), 1
+    while purge.delete(now - 30 * DAY * SECOND):
+        rounds += 1
     assert rounds == 5
     left = [row(account, seq, 0) for account in "abc" for seq in range(1, 8)]
     found = [r for r in left if store.tokens([r])]

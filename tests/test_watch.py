@@ -17,6 +17,7 @@ from email.message import EmailMessage
 from pathlib import Path
 
 import pytest
+from ctl import spool_entries
 from helpers import StartDaemon, StartPostfix
 from servers.daemon import Daemon
 from servers.mariadb import Database, MariaDB
@@ -290,6 +291,9 @@ def test_a_login_from_many_new_addresses_is_told_of_once(
         sent("new@x", n - 1, 100 - n, f"198.51.100.{n}")
     for n in range(2, 5):
         sent("few@x", n, 100 - n, f"198.51.100.{n}")
+    at = place.store.now()
+    older = Entry("SPOOL 1a2b", 0, 1, at - 2 * day * SECOND, 1, 1, "host", 1, bytes(4), "")
+    place.store.append([older, *spool_entries(at)])
     teller = place.teller()
     for _ in range(2):
         teller._addresses_at = 0.0

@@ -121,10 +121,11 @@ class MariaDB(Process):
         assert done.returncode == 0, f"{text}: {done.stderr}"
         return done.stdout.removesuffix("\n")
 
-    def create_database(self, *, with_table: bool = True) -> Database:
+    def create_database(self, name: str = "", *, with_table: bool = True) -> Database:
         """Make a new database for user saslquota and import mysql.sql into it."""
         self._databases += 1
-        name, user, password = f"saslquota{self._databases}", "saslquota", "secret"
+        name = name or f"saslquota{self._databases}"
+        user, password = "saslquota", "secret"
         text = f"CREATE DATABASE {name};"
         for host in ("localhost", LOOPBACK):
             account = f"{user}@'{host}'"
@@ -134,6 +135,13 @@ class MariaDB(Process):
             text += f"USE {name};\n" + (ROOT / "mysql.sql").read_text("utf-8")
         self.sql(text)
         return Database(self, name, LOOPBACK, self.port, user, password)
+
+
+class SmallMariaDB(MariaDB):
+    """A server whose log leaves most of a small disk to the tables."""
+
+    def command(self) -> Sequence[str | Path]:
+        return [*super().command(), "--innodb-log-file-size=8M"]
 
 
 @contextmanager

@@ -1,0 +1,317 @@
+"""The database goes away under load and the daemon counts on in its spool: each accepted reply has
+one row in the end, and nobody is deferred."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from helpers import StartDaemon, require
+from servers.audit import audit, count_rows
+from servers.daemon import Daemon
+from servers.disk import full
+from servers.load import DEFERRED, OK, REFUSED, RULES, SLACK, WIDE, Load
+from servers.mariadb import Database, MariaDB, SmallMariaDB, frozen, session
+from servers.outage import (
+    AWAY,
+    BACK,
+    CONFIG,
+    DBTIMEOUT,
+    audit_spooled,
+    outlive,
+    sends,
+    settle,
+    twice,
+)
+from servers.process import ROOT, pause, wait_for, wait_for_log
+from servers.proxy import SlowProxy
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def counting(database: Database, daemon: StartDaemon) -> Iterator[Daemon]:
+    running = daemon({**database.config(), **CONFIG}, RULES)
+    yield running
+    assert "Traceback" not in running.log()
+
+
+def test_killed_again_and_again(server: MariaDB, database: Database, counting: Daemon) -> None:
+    with Load(counting.port) as load:
+        for n in range(10):
+            load.wait(OK, 10, 100)
+            server.kill()
+            load.wait(OK, DBTIMEOUT + SLACK, 100)
+            server.start()
+            load.wait(OK, 10, 20)
+            wait_for_log(counting, BACK, n + 1)
+    audit_spooled(database, load, [counting])
+
+
+def test_frozen(server: MariaDB, database: Database, counting: Daemon) -> None:
+    with Load(counting.port) as load:
+        outlive(counting, load, frozen(server), 20)
+    audit_spooled(database, load, [counting])
+
+
+def test_frozen_in_the_middle_of_everything(
+    server: MariaDB, database: Database, counting: Daemon
+) -> None:
+    """Also while sends are carried over: what was given up wakes, and comes too late or in time."""
+    with Load(counting.port, pause=0.001) as load:
+        load.wait(OK, 10, 100)
+        for tenths in (25, 10, 31, 22, 5, 28, 21, 26, 3, 35):
+            server.freeze()
+            pause(tenths / 10)
+            server.thaw()
+            pause(0.2 + tenths % 4 / 3)
+        load.wait(OK, 10, 100)
+    audit_spooled(database, load, [counting])
+
+
+@contextmanager
+def read_lock(server: MariaDB) -> Iterator[None]:
+    with session(server) as admin:
+        admin.execute("FLUSH TABLES WITH READ LOCK")
+        yield
+
+
+def test_a_global_read_lock(server: MariaDB, database: Database, counting: Daemon) -> None:
+    with Load(counting.port) as load:
+        outlive(counting, load, read_lock(server), 5)
+    audit_spooled(database, load, [counting])
+
+
+def test_a_full_disk_of_the_database(disk: Path, daemon: StartDaemon) -> None:
+    """The server says that it is full, or ends, or hangs until there is room again."""
+    require("mariadbd", "mariadb-install-db", "mariadb")
+    with SmallMariaDB(disk) as server:
+        database = server.create_database()
+        counting = daemon({**database.config(), **CONFIG}, RULES)
+        with Load(counting.port, pause=0.001) as load:
+            load.wait(OK, 10, 100)
+            with full(disk):
+                wait_for_log(counting, AWAY)
+                load.wait(OK, DBTIMEOUT + SLACK, 50)
+                pause(3)
+                load.wait(OK, SLACK, 20)
+            if not server.running:
+                server.start()
+            wait_for_log(counting, BACK)
+        audit_spooled(database, load, [counting])
+
+
+def test_a_full_disk_of_the_spool(
+    server: MariaDB, database: Database, disk: Path, daemon: StartDaemon
+) -> None:
+    """Only then somebody is deferred; who was not is counted, once."""
+    spool = {"_spoolfile": str(disk / "saslquota.spool")}
+    counting = daemon({**database.config(), **CONFIG, **spool}, RULES)
+    with Load(counting.port) as load:
+        load.wait(OK, 10, 100)
+        server.kill()
+        load.wait(OK, DBTIMEOUT + SLACK, 100)
+        with full(disk):
+            load.wait(DEFERRED, 10, 50)
+            wait_for_log(counting, "spool cannot be used.*full")
+        load.wait(OK, 10, 100)
+        with full(disk):
+            load.wait(DEFERRED, 10, 50)
+            server.start()  # so the database decides: a spool in trouble is tried once a minute
+            load.wait(OK, 10, 50)
+        counting.stop()
+        counting.start()
+        load.wait(OK, 10, 50)
+    settle(counting)
+    audit(sends(database), load.accepted(), twice)
+    assert {sample.reply for sample in load.samples} <= {OK, REFUSED, DEFERRED, None}
+
+
+def test_a_missing_table(database: Database, counting: Daemon) -> None:
+    """What was in it is lost; what is accepted from then on is not."""
+    with Load(counting.port) as load:
+        load.wait(OK, 10, 100)
+        database.sql("DROP TABLE sends")
+        wait_for_log(counting, f"{AWAY}.*1146.*mysql.sql")
+        away = time.monotonic()
+        load.wait(OK, 10, 100)
+        database.sql((ROOT / "mysql.sql").read_text("utf-8"))
+        load.wait(OK, 10, 100)
+    settle(counting)
+    audit(sends(database), [s for s in load.accepted() if s.began > away], twice)
+    assert {sample.reply for sample in load.samples} <= {OK, REFUSED}
+
+
+def test_another_database(server: MariaDB, counting: Daemon) -> None:
+    """What belongs to one is not written to another."""
+    with counting.policy() as policy:
+        assert policy.ask() == OK
+        server.kill()
+        assert policy.ask() == OK
+    counting.stop()
+    server.start()
+    other = server.create_database()
+    other.sql("INSERT INTO sends VALUES ('SPOOL', 1, 1, UTC_TIMESTAMP(6), 0, 0, 'b', 0, '', '')")
+    counting.config.update(other.config())
+    counting.write_config()
+    counting.start()
+    with counting.policy() as policy:
+        assert policy.ask() == OK
+        wait_for_log(counting, "spool cannot be used.*another database.*move the file away")
+        assert count_rows(other, "alice@example.com") == 1
+        server.kill()
+        assert policy.ask() == DEFERRED
+
+
+def test_a_blackholed_host(server: MariaDB, database: Database, daemon: StartDaemon) -> None:
+    """Each statement takes longer than the daemon waits."""
+    with SlowProxy(server.port) as proxy:
+        counting = daemon({**database.config(), **CONFIG, "_myport": proxy.port}, RULES)
+        with Load(counting.port) as load:
+            outlive(counting, load, proxy.slow(30), 5)
+        audit_spooled(database, load, [counting])
+
+
+def test_a_slow_server(server: MariaDB, database: Database, daemon: StartDaemon) -> None:
+    with SlowProxy(server.port) as proxy:
+        counting = daemon({**database.config(), **CONFIG, "_myport": proxy.port}, RULES)
+        with Load(counting.port) as load:
+            outlive(counting, load, proxy.slow(0.9), 8)
+        audit_spooled(database, load, [counting])
+
+
+def test_the_daemon_is_killed_in_the_outage(
+    server: MariaDB, database: Database, counting: Daemon
+) -> None:
+    with Load(counting.port) as load:
+        load.wait(OK, 10, 100)
+        server.kill()
+        for _ in range(3):
+            load.wait(OK, DBTIMEOUT + SLACK, 100)
+            counting.kill9()
+            counting.start()
+        load.wait(OK, DBTIMEOUT + SLACK, 100)
+        server.start()
+        load.wait(OK, 10, 100)
+    audit_spooled(database, load, [counting])
+
+
+def test_the_daemon_is_killed_while_it_carries_over(
+    server: MariaDB, database: Database, counting: Daemon
+) -> None:
+    with Load(counting.port, pause=0.0) as load:
+        load.wait(OK, 10, 100)
+        server.kill()
+        load.wait(OK, 20, 3000)
+        counting.kill9()
+        server.start()
+        for tenths in range(8):
+            counting.start()
+            pause(0.02 * tenths)
+            counting.kill9()
+        counting.start()
+        load.wait(OK, 10, 100)
+    audit_spooled(database, load, [counting])
+
+
+def test_two_daemons_have_a_spool_each(
+    server: MariaDB, database: Database, daemon: StartDaemon
+) -> None:
+    two = [daemon({**database.config(), **CONFIG}, RULES) for _ in range(2)]
+    with Load([running.port for running in two]) as load:
+        for _ in range(3):
+            load.wait(OK, 10, 200)
+            server.kill()
+            load.wait(OK, DBTIMEOUT + SLACK, 300)
+            server.start()
+            load.wait(OK, 10, 200)
+    settle(*two)
+    audit(sends(database), load.accepted(), lambda a: (twice(a)[0], 2 * twice(a)[1]))
+    assert {sample.reply for sample in load.samples} <= {OK, REFUSED}
+
+
+def test_a_block_holds_over_a_restart_in_the_outage(
+    server: MariaDB, database: Database, counting: Daemon
+) -> None:
+    database.sql(
+        "INSERT INTO events (account, number, at, kind, author, note)"
+        f" VALUES ('{WIDE[0]}', 1, UTC_TIMESTAMP(6), 'block', 'root', '')"
+    )
+
+    def answer(name: str) -> str:
+        with counting.policy() as policy:
+            return policy.ask(sasl_username=name)
+
+    wait_for(lambda: answer(WIDE[0]).startswith("REJECT"), 5, "the block")
+    assert answer(WIDE[1]) == OK
+    server.kill()
+    assert answer(WIDE[1]) == OK
+    assert answer(WIDE[0]).startswith("REJECT")
+    counting.kill9()
+    counting.start()
+    assert answer(WIDE[1]) == OK
+    assert answer(WIDE[0]).startswith("REJECT")
+    server.start()
+    settle(counting)
+    assert count_rows(database, WIDE[1]) == 3
+
+
+def test_a_reset_before_all_is_carried_over_wins(
+    server: MariaDB, database: Database, daemon: StartDaemon
+) -> None:
+    rules = {"default": {"period": 3600, "msgquota": 5, "msg": "over quota"}}
+    counting = daemon({**database.config(), **CONFIG}, rules)
+    with counting.policy() as policy:
+        assert [policy.ask() for _ in range(2)] == [OK] * 2
+        server.kill()
+        assert [policy.ask() for _ in range(4)] == [OK] * 3 + [REFUSED]
+        counting.stop()
+        server.start()
+        database.sql(
+            "INSERT INTO sends (account, seq, epoch, at, recipients, total, instance, token)"
+            " SELECT account, seq + 1, epoch + 1, UTC_TIMESTAMP(6), 0, 0, 'reset', 0 FROM sends"
+            " WHERE account = 'alice@example.com' ORDER BY seq DESC LIMIT 1"
+        )
+    counting.start()
+    settle(counting)
+    with counting.policy() as policy:
+        assert [policy.ask() for _ in range(3)] == [OK] * 2 + [REFUSED]
+    totals = database.sql("SELECT epoch, total FROM sends WHERE account = 'alice@example.com'")
+    assert " ".join(totals.split()) == "1 1 1 2 2 0 2 1 2 2 2 3 2 4 2 5"
+
+
+def test_another_onfailure_carries_over_what_is_left(
+    server: MariaDB, database: Database, counting: Daemon
+) -> None:
+    with counting.policy() as policy:
+        assert policy.ask() == OK
+        server.kill()
+        assert policy.ask() == OK
+    counting.stop()
+    assert "saslquota.spool holds 1 sends that the database lacks" in counting.log()
+    counting.config["_onfailure"] = "DEFER_IF_PERMIT"
+    counting.write_config()
+    server.start()
+    counting.start()
+    settle(counting)
+    assert count_rows(database, "alice@example.com") == 2
+    server.kill()
+    with counting.policy() as policy:
+        assert policy.ask() == DEFERRED
+
+
+def test_a_second_daemon_cannot_use_the_same_spool(
+    server: MariaDB, database: Database, counting: Daemon, daemon: StartDaemon
+) -> None:
+    with counting.policy() as policy:
+        assert policy.ask() == OK
+    spool = counting.directory / "saslquota.spool"
+    other = daemon({**database.config(), **CONFIG, "_spoolfile": str(spool)}, RULES)
+    with other.policy() as policy:
+        assert policy.ask() == OK
+        wait_for_log(other, "spool cannot be used.*database is locked - another saslquota uses it")
+        server.kill()
+        assert policy.ask() == DEFERRED
+    with counting.policy() as policy:
+        assert policy.ask() == OK
