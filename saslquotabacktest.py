@@ -21,6 +21,7 @@ from typing import Any
 import saslquota
 from saslquota import POOL_PREFIX, Rule, Rules, Store, Window
 from saslquotactl import (
+    IS_LOGIN,
     OK,
     RAW,
     WARNING,
@@ -128,7 +129,7 @@ def read_sends(store: Store, rules: Rules, since: int, login: str) -> Iterator[l
     instance = "instance" if any(rule.per_message for rule in rules) else "''"
     select = (
         f"SELECT account, seq, epoch, {store.SELECT_AT}, recipients, {instance} FROM sends"
-        f" WHERE SUBSTR(account, 1, 5) <> 'POOL ' AND {store.SELECT_AT} + 0 >= ?"  # by no index
+        f" WHERE {IS_LOGIN} AND {store.SELECT_AT} + 0 >= ?"  # by no index
     )
     one = f"{select} AND account = ? AND seq > ? ORDER BY seq LIMIT {SLICE}"
     others = f"{select} AND account > ? ORDER BY account, seq LIMIT {SLICE}"

@@ -52,6 +52,7 @@ import saslquota
 from saslquota import (
     BLOCKED,
     POOL_PREFIX,
+    SPOOL_ACCOUNT,
     Accounts,
     Config,
     Debit,
@@ -189,8 +190,11 @@ class Session:
         return self.store.now()
 
     def account(self, name: str) -> str:
-        """The account of a login, or of a pool: "@domain" or "*"."""
+        """The account of a login, or of a pool: "@domain" or "*". Raises ControlError."""
         folded = saslquota.fold(name)
+        if name == SPOOL_ACCOUNT or name.startswith(f"{SPOOL_ACCOUNT} "):
+            of_spools = "belongs to the daemons' spools, not to a sender"
+            raise ControlError(f"{name} {of_spools}; a login of that name is: {folded}")
         is_pool = folded == "*" or folded.startswith("@")
         return POOL_PREFIX + folded if is_pool else self.config.account(name)
 
@@ -253,7 +257,9 @@ LOT = 200  # accounts that MySQL is asked about in one statement
 TIMES = ("at", "until", "last", "told")  # of an event; as all of a row, microseconds since 1970
 EVENT = ("account", "number", "kind", "author", "note", "amount", "epoch", *TIMES)
 ORDERS = ("grant", "block", "unblock")
-NO_POOL = f"SUBSTR(account, 1, {len(POOL_PREFIX)}) <> '{POOL_PREFIX}'"
+# Of accounts: logins are folded to lower case, so none begins as these do.
+NO_SPOOL = f"SUBSTR(account, 1, {len(SPOOL_ACCOUNT)}) <> '{SPOOL_ACCOUNT}'"
+IS_LOGIN = f"SUBSTR(account, 1, {len(POOL_PREFIX)}) <> '{POOL_PREFIX}' AND {NO_SPOOL}"
 ADDRESS = "CASE WHEN LENGTH(client_address) > 0 THEN client_address END"  # NULL: not known
 Row = dict[str, Any]
 Debits = tuple[Debit, ...]
@@ -299,7 +305,8 @@ def complain(store: Store, account: str, reason: str) -> int:
 
 def similar(store: Store, account: str) -> str:
     """If an account has never sent: which others of its domain or local part have."""
-    known = [name for (name,) in store.run("SELECT DISTINCT account FROM sends")]
+    rows = store.run("SELECT DISTINCT account FROM sends")
+    known = [name for (name,) in rows if not name.startswith(SPOOL_ACCOUNT)]
     local, _, domain = account.rpartition("@")
     parts = [(name.rpartition("@"), name) for name in known]
     by_local = {its: name for (its, _, its_domain), name in parts if its_domain == domain}
@@ -423,7 +430,7 @@ def fullest(uses: Iterable[Row]) -> Row:
 
 def top(session: Session, arguments: argparse.Namespace) -> int:
     since, now = session.now - arguments.PERIOD * 1_000_000, session.now
-    rows = tally(session.store, "account", f"at >= TIME AND {NO_POOL}", [since])
+    rows = tally(session.store, "account", f"at >= TIME AND {IS_LOGIN}", [since])
     if arguments.addresses:
         rows.sort(key=lambda row: -row["addresses"])
     rows = rows[: arguments.LINES]
@@ -445,9 +452,9 @@ def sends_of(store: Store, account: str, start: int) -> tuple[list[Row], list[Ro
     address is "new" when it never sent before; None in a pool, or when none is known from then."""
     name, key, which = spelled(account), "sender", "account = ?"
     if name == "*":
-        name, key, which = account, "account", f"account <> ? AND {NO_POOL}"
+        name, key, which = account, "account", f"account <> ? AND {IS_LOGIN}"
     elif name != account:
-        key, which = "account", f"SUBSTR(account, {-len(name)}) = ? AND {NO_POOL}"
+        key, which = "account", f"SUBSTR(account, {-len(name)}) = ? AND {IS_LOGIN}"
     senders = tally(store, key, f"{which} AND at >= TIME", [name, start])
     addresses = tally(store, "client_address", f"{which} AND at >= TIME", [name, start])
     known = set()
@@ -501,6 +508,45 @@ def show(session: Session, arguments: argparse.Namespace) -> int:
 Part = tuple[int, Sequence[str], Sequence[Row]]  # of `status`: an exit status, lines, rows
 
 
+SPOOLS = "starting", "probing", "back"  # states in which no database is needed, see Changeover
+
+
+def describe_spool(row: Row, *, is_local: bool) -> tuple[int, str]:
+    """Exit status and text of what the daemon says of its spool; nothing if it has none. Unless
+    `is_local`, by _onfailure, it has only been left."""
+    if "spool" not in row:
+        return OK, ""
+    now, held, store = time.time_ns() // 1000, row.get("spooled_sends", 0), row.get("store", "")
+    error = "" if store == "back" else row.get("last_error")  # it is over
+    since, down_since = (
+        f" since {format_moment(row[name], now)}" if row.get(name) else ""
+        for name in ("spooled_since", "down_since")
+    )
+    sends = f"{counted(held, 'send')}{since if held else ''}"
+    past = f"empty; since the start {counted(row.get('outages', 0), 'outage')}"
+    past += f", {counted(row.get('sends_carried_over', 0), 'send')} carried over"
+    unused = "cannot be used, without it _onfailure is DEFER_IF_PERMIT"
+    unused = f"{unused if is_local else 'not used, _onfailure is not LOCAL'}; holds {sends}"
+    texts = {
+        "starting": "the daemon has just started and looks for its database, requests wait",
+        "probing": f"database down{down_since}, the daemon counts here: {sends}",
+        "back": f"database back, still to be carried over: {sends}",
+        "up": unused if error else past if not held else f"still to be carried over: {sends}",
+    }
+    text = texts.get(store, unused)
+    level = OK if text == past else WARNING
+    return level, f"{row['spool']}: {text}{f': {error}' if error else ''}"
+
+
+def read_reply(reply: Mapping[str, str]) -> Row:
+    """What ask_daemon() got, with numbers as such and times in microseconds, None: never."""
+    row: Row = {name: int(value) if value.isdecimal() else value for name, value in reply.items()}
+    for name in row:
+        if name.endswith(("_at", "_since")):
+            row[name] = row[name] * 1_000_000 if row[name] else None
+    return row
+
+
 def daemon_part(session: Session) -> Part:
     """What the daemon says of itself; an older or a newer one may leave out some of it."""
     where, began = saslquota.address_of(session.config), time.monotonic()
@@ -510,10 +556,7 @@ def daemon_part(session: Session) -> Part:
         text = str(error).removeprefix("the daemon at ")
         return FAILED, [f"daemon   {text}"], [{"what": "daemon", "error": text}]
     took = round(1000 * (time.monotonic() - began), 1)
-    row: Row = {name: int(value) if value.isdecimal() else value for name, value in reply.items()}
-    for name in row:
-        if name.endswith(("_at", "_since")):
-            row[name] = row[name] * 1_000_000 if row[name] else None
+    row = read_reply(reply)
     up, last = row.get("uptime", 0), row.get("last_request_at", 0)
     texts = {"version": "saslquota {}", "store": "store {}", "connections": "{} connections"}
     said = [text.format(row[name]) for name, text in texts.items() if name in row]
@@ -524,7 +567,9 @@ def daemon_part(session: Session) -> Part:
         f" in {saslquota.format_time(up)}: {', '.join(f'{v} {n}' for n, v in asked.items())}",
     ]
     is_doubtful = row.get("rules_valid") == "no" or (last is None and up > 3600)
-    level = FAILED if row.get("store") == "down" else WARNING if is_doubtful else OK
+    level, spool = describe_spool(row, is_local=session.config.onfailure == "LOCAL")
+    lines += [f"spool    {spool}"] if spool else []
+    level = FAILED if row.get("store") == "down" else WARNING if is_doubtful else level
     return level, lines, [{"what": "daemon", "address": where, "milliseconds": took, **row}]
 
 
@@ -538,7 +583,8 @@ def filling(session: Session) -> list[Row]:
     store, rules = session.store, session.rules
     longest = max(window.period for rule in rules for window in rule.windows)
     sql = (
-        f"SELECT account, SUM(recipients) FROM sends WHERE at >= {store.BIND_TIME} GROUP BY account"
+        f"SELECT account, SUM(recipients) FROM sends WHERE at >= {store.BIND_TIME} AND {NO_SPOOL}"
+        " GROUP BY account"
     )
     charges = []
     for account, sent in store.run(sql, [session.now - longest * 1_000_000]):
@@ -557,7 +603,7 @@ def listed(title: str, rows: list[Row], lines: list[str], level: int) -> Part:
 
 def store_parts(session: Session) -> Iterator[Part]:
     store, now, uses = session.store, session.now, {}
-    senders = tally(store, "account", f"at >= TIME AND {NO_POOL}", [now - HOUR])
+    senders = tally(store, "account", f"at >= TIME AND {IS_LOGIN}", [now - HOUR])
     row = {"what": "store", "sent": sum(s["sent"] for s in senders), "senders": len(senders)}
     text = f"{row['sent']} sent by {counted(row['senders'], 'sender')} in the last hour"
     yield OK, [f"store    {store}: {text}"], [row]
@@ -595,7 +641,9 @@ def status(session: Session, arguments: argparse.Namespace) -> int:
         parts.extend(store_parts(session))
     except SaslQuotaError as error:
         text = explained(error, session)
-        parts.append((FAILED, [f"store    {text}"], [{"what": "store", "error": text}]))
+        goes_on = any(row.get("store") in SPOOLS for row in parts[0][2])
+        level = WARNING if goes_on else FAILED
+        parts.append((level, [f"store    {text}"], [{"what": "store", "error": text}]))
     if not arguments.quiet:
         rows = (row for _, _, rows in parts for row in rows)
         present(session, rows, (line for _, lines, _ in parts for line in lines))
@@ -735,8 +783,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 COMMANDS = """\
 status -q: does it work, and who is stuck
-    Exit status 0: well; 1: somebody is refused, blocked, or has used 80 % of a limit; 2: the
-    daemon or its database is down.
+    Exit status 0: well; 1: somebody is refused, blocked, or has used 80 % of a limit, or the
+    daemon counts on without its database (_onfailure LOCAL); 2: the daemon or its database is down.
 top --addresses -p -n: who sends most, and from how many addresses
     QUOTA is the window nearest its limit. A stolen password is used from many addresses, at
     times slowly: top --addresses -p 1d, then show LOGIN. (PERIOD is 1h by default.)
@@ -859,7 +907,13 @@ SAID = {  # by the daemon: its line, the metric, and what that is
     "recipients": ("recipients_total", "recipients accepted"),
     "incidents": ("incidents_total", "accounts that came over their quota"),
     "log_lines_lost": ("log_lines_lost_total", "lines that the log did not take"),
+    "spooling": ("spooling", "1 while the daemon counts in its spool (_onfailure LOCAL)"),
+    "spooled_sends": ("spooled_sends", "sends in the spool that the database lacks"),
+    "sends_carried_over": ("carried_total", "sends carried over from the spool"),
+    "outages": ("outages_total", "times that the spool has taken the database's place"),
+    "spool_errors": ("spool_errors_total", "times that the spool could not be used"),
 }
+STORE_IS_UP = {"up": "1", "back": "1", "down": "0", "starting": "0", "probing": "0"}
 
 
 def metrics_text(said: Mapping[str, str], counted: Mapping[str, int]) -> str:
@@ -875,8 +929,10 @@ def metrics_text(said: Mapping[str, str], counted: Mapping[str, int]) -> str:
     add("up", "whether the daemon answers", {"": int(bool(said))})
     if re.fullmatch(r"[0-9A-Za-z.+-]+", said.get("version", "")):
         add("info", "about the daemon", {f'{{version="{said["version"]}"}}': 1})
-    words = {"up": "1", "down": "0", "yes": "1", "no": "0"}
+    words = {**STORE_IS_UP, "yes": "1", "no": "0"}
     found = {name: words.get(value, value) for name, value in said.items()}
+    if "spool" in said and "store" in said:
+        found["spooling"] = str(int(said["store"] in ("probing", "back")))
     found = {name: n for name, n in found.items() if re.fullmatch(r"[0-9]+(\.[0-9]+)?", n)}
     for name in (name for name in SAID if name in found):
         add(*SAID[name], {"": found[name]})

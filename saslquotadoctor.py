@@ -19,6 +19,7 @@ import re
 import shlex
 import shutil
 import socket
+import sqlite3
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,9 +28,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import saslquota
-from saslquota import Config, SaslQuotaError, SQLiteStore, StoreError
+from saslquota import SPOOL_ACCOUNT, Config, SaslQuotaError, SQLiteStore, StoreError
 from saslquotactl import (
     FAILED,
+    IS_LOGIN,
     OK,
     WARNING,
     ControlError,
@@ -37,8 +39,10 @@ from saslquotactl import (
     ask_daemon,
     clean,
     counted,
+    describe_spool,
     format_moment,
     progress,
+    read_reply,
 )
 
 Says = Iterator[tuple[str, str, str]]  # state (OK, WARNING, PROBLEM), text, a command that mends it
@@ -413,10 +417,7 @@ def check_store(session: Session) -> Says:
         text = "sends older than _retentiondays are there: does the daemon run, is its clock right?"
         yield "WARNING", text, ""
     if isinstance(store, SQLiteStore):
-        mounts = (line.split() for line in Path("/proc/mounts").read_text().splitlines())
-        kind = max((len(m[1]), m[2]) for m in mounts if file.is_relative_to(m[1]))[1]
-        if kind in UNSAFE:
-            yield "WARNING", f"the file is on {kind}, which does not keep what is counted", ""
+        yield from check_mount(file)
         return
     ((flush,),) = store.run("SELECT @@innodb_flush_log_at_trx_commit")
     if flush != 1:
@@ -426,6 +427,76 @@ def check_store(session: Session) -> Says:
         store.run("SELECT 1 FROM events LIMIT 1")
     except StoreError as error:
         yield "WARNING", *apart(saslquota.with_remedy(error, config))
+
+
+def check_mount(file: Path) -> Says:
+    mounts = (line.split() for line in Path("/proc/mounts").read_text().splitlines())
+    kind = max((len(m[1]), m[2]) for m in mounts if file.is_relative_to(m[1]))[1]
+    if kind in UNSAFE:
+        yield "WARNING", f"the file is on {kind}, which does not keep what is counted", ""
+
+
+def read_spool(file: Path, sql: str, values: Sequence[int] = ()) -> list[Any]:
+    """From a spool that no daemon has open. (Without a -wal file, "immutable" keeps SQLite from
+    making one.) Raises ControlError."""
+    mode = "mode=ro" if Path(f"{file}-wal").exists() else "immutable=1"
+    try:
+        with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?{mode}", uri=True)) as connection:
+            return connection.execute(sql, values).fetchall()
+    except sqlite3.Error as error:
+        raise ControlError(f"{file}: {error}") from None
+
+
+def home_of(session: Session, spool: str) -> tuple[str, int]:
+    """The database's id, "" as long as it has none, and the number of the last send that it has
+    of a spool. Raises SaslQuotaError."""
+    store = session.store
+    if isinstance(store, SQLiteStore):
+        return str(store), 0
+    homes = store.run("SELECT instance FROM sends WHERE account = ? AND seq = 1", [SPOOL_ACCOUNT])
+    mark = f"{SPOOL_ACCOUNT} {spool}"
+    done = store.run("SELECT COALESCE(MAX(total), 0) FROM sends WHERE account = ?", [mark])[0][0]
+    return homes[0][0] if homes else "", done
+
+
+def check_left(session: Session, file: Path) -> Says:
+    """What is left in a spool that no daemon has open."""
+    home, done = "", 0
+    ((spool, database),) = read_spool(file, "SELECT id, database FROM spool")
+    with contextlib.suppress(SaslQuotaError):  # check_store() says so
+        home, done = home_of(session, spool)
+    sql = f"SELECT COUNT(*), MIN(at) FROM sends WHERE n > ? AND token <> 0 AND {IS_LOGIN}"
+    ((number, oldest),) = read_spool(file, sql, [done])
+    if not number:
+        if session.config.onfailure != "LOCAL":
+            yield "OK", f"{file} is empty, left of _onfailure LOCAL: it may be removed", ""
+        return
+    sends = f"{counted(number, 'send')} since {format_moment(oldest, time.time_ns() // 1000)}"
+    if home and database not in ("", home):
+        remedy = "move the file away, or set _store, _myhost and _mydb to that one"
+        other = f"of another database, {database}, this is {home}"
+        yield "PROBLEM", f"{file} holds {sends} {other}: {remedy}", ""
+    else:
+        lacks = "that the database lacks: the daemon carries them over when both run"
+        yield "WARNING", f"{file} holds {sends} {lacks}", ""
+
+
+def check_spool(session: Session) -> Says:
+    """Whether the daemon can write its spool. One that runs says itself what it holds."""
+    config, user = session.config, saslquota.daemon_user(session.config, "")
+    file, is_local = config.beside(config.spoolfile).resolve(), config.onfailure == "LOCAL"
+    if not is_local and not file.exists():
+        return
+    if os.geteuid() and file.exists() and not os.access(file, os.W_OK):
+        yield "WARNING", f"{file}: only root and the daemon's user can look into it", ""
+        return
+    with saslquota.rights_of(user) if user else contextlib.nullcontext():
+        found = saslquota.make_spool(config).check()
+    if is_local:
+        yield "OK", found, ""
+        yield from check_mount(file)
+    if file.exists() and ": in use" not in found:
+        yield from check_left(session, file)
 
 
 def apart(text: str) -> tuple[str, str]:
@@ -451,6 +522,12 @@ def check_daemon(session: Session) -> Says:
     if said.get("store") == "down":
         since = format_moment(int(said.get("down_since") or 0) * 1_000_000, time.time_ns() // 1000)
         yield "PROBLEM", f"it cannot use the database since {since}", ""
+    is_local = session.config.onfailure == "LOCAL"
+    level, text = describe_spool(read_reply(said), is_local=is_local)
+    if text:
+        yield "WARNING" if level else "OK", text, ""
+    elif is_local:
+        yield "WARNING", "it runs without the _onfailure LOCAL of saslquota.json", restart
     if said.get("rules_valid") == "no":
         yield (
             "PROBLEM",
@@ -549,6 +626,7 @@ def examine_postfix(config: Config, directory: str) -> Iterator[Finding]:
 def examine(session: Session, config_dir: str, log: str) -> Iterator[Finding]:
     yield from attempt("settings", "", check_settings(session))
     yield from attempt("store", "", check_store(session))
+    yield from attempt("store", "", check_spool(session))
     yield from attempt("daemon", "", check_daemon(session))
     yield from examine_postfix(session.config, config_dir)
     if log:

@@ -185,7 +185,7 @@ def recipients_by_hour(store: Store, known: dict[int, int], hour: int) -> None:
     what = f"{store.TIME.format('at')} {divided}"
     sql = f"SELECT {what}, CAST(SUM(recipients) AS SIGNED) FROM sends WHERE at >= TIME"
     first = max(hour - 24 * 7, min(hour, max(known, default=0)) - 1)
-    known.update(run(store, f"{sql} AND {ctl.NO_POOL} GROUP BY {what}", [first * HOUR]))
+    known.update(run(store, f"{sql} AND {ctl.IS_LOGIN} GROUP BY {what}", [first * HOUR]))
 
 
 def refused_by_hour(events: Iterable[Row], now: int) -> dict[int, int]:
@@ -287,9 +287,9 @@ class Page:
         for title, kind, verb in (("Blocked", "block", "unblock"), ("Granted", "grant", "show")):
             yield listed(title, "who, order, what to do", ordered(session, kind, verb))
         heading = "who, sent, addresses, used, of its fullest window"
-        rows = ctl.tally(store, "account", f"at >= TIME AND {ctl.NO_POOL}", [now - HOUR])[:FEW]
+        rows = ctl.tally(store, "account", f"at >= TIME AND {ctl.IS_LOGIN}", [now - HOUR])[:FEW]
         yield listed("Most sent in the last hour", heading, top(session, rows))
-        rows = ctl.tally(store, "account", f"at >= TIME AND {ctl.NO_POOL}", [now - DAY])
+        rows = ctl.tally(store, "account", f"at >= TIME AND {ctl.IS_LOGIN}", [now - DAY])
         rows.sort(key=lambda row: -row["addresses"])
         title = f"Unusual: {UNUSUAL} or more new addresses in a day"
         yield listed(title, "who, what, what to do", unusual(session, rows))

@@ -118,7 +118,7 @@ def note_addresses(session: Session) -> None:
     now = store.now()
     noted = ctl.read_events(store, "kind = 'refused' AND at >= TIME", [now - DAY])
     known = {event["account"] for event in noted}
-    for row in ctl.tally(store, "account", f"at >= TIME AND {ctl.NO_POOL}", [now - DAY]):
+    for row in ctl.tally(store, "account", f"at >= TIME AND {ctl.IS_LOGIN}", [now - DAY]):
         account = row["account"]
         if row["addresses"] > most and account not in known:
             *_, number, _ = origins(store, account, now - DAY)
