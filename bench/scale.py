@@ -19,6 +19,7 @@ from pathlib import Path
 
 import table
 from daemons import far, galera, handover, three_daemons
+from outage import outage
 from rounds import Round, loaded, measure_pair
 from servers import (
     HERE,
@@ -388,5 +389,6 @@ CASES: dict[str, Callable[[Round], None]] = {
     "steady": steady,
     "pools": pools,
     "refusals": refusals,
+    "outage": outage,
     "start": start,
 }

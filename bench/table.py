@@ -180,6 +180,11 @@ EMPTY_SQLITE = "empty table, SQLite"
 NO_POOLS = "no pools"
 POOLS = "a pool for the domain, one for all"
 START = "start to first reply, SQLite"
+BEFORE_OUTAGE = "before the database is frozen"
+SWITCH = "when it is"
+IN_OUTAGE = "while it is, counted in the spool"
+NO_SPOOL = "the same load on SQLite"
+CARRYING = "while the spool is carried over"
 
 
 # What is drawn, of a size that grows: its axis, and the sizes.
@@ -327,6 +332,15 @@ TARGETS = (
                   (IDLE, ON_MARIADB), "extra"),
     ratio_target("refusals of one hot sender: share of the ceiling", 0.75,
                  (REFUSED, ON_MARIADB), (CEILING, "16")),
+    ratio_target("in an outage beside SQLite", 0.90,
+                 (IN_OUTAGE, ON_SQLITE), (NO_SPOOL, ON_SQLITE)),
+    figure_target("in an outage: the longest wait at the switch", 3, SECONDS,
+                  (SWITCH, ON_MARIADB), "extra"),
+    Target("a spool is carried over under load, sends/s", 100_000 / 30,
+           lambda r: median(r, (CARRYING, ON_MARIADB), "extra"), form="{:,.0f}"),
+    ratio_target("meanwhile: p99 beside before", 2,
+                 (CARRYING, ON_MARIADB), (BEFORE_OUTAGE, ON_MARIADB),
+                 "p99", at_most=True, form=TIMES),
     figure_target("start to first reply (SQLite)", 0.3, SECONDS, (START, "1"), "extra"),
 )  # fmt: skip
 

@@ -1,0 +1,156 @@
+"""The database is frozen, and the daemon counts on in its spool: how fast, how long anybody waits
+at the switch, and how fast all is carried over when the database is back."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import signal
+import socket
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import table
+from rounds import Round
+from servers import BenchError, Daemon, Load, MariaDB, Result, ledger, run_load, saslquota, say
+
+NAME = "outage"
+SENDS = 100_000  # in the spool, before they are carried over
+DBTIMEOUT = 3  # seconds, the least with a spool
+CHUNK = 1.0  # seconds of load at a time while all is carried over
+LIMIT = 180.0  # seconds in which it must be
+
+
+def outage(this: Round) -> None:
+    """A row before it, one at the switch, one in it beside SQLite, and one while all is carried
+    over. The saslquota.py that have no spool are left out."""
+    programs = [name for name, source in this.bench.sources.items() if "_spoolfile" in source]
+    this.create(NAME)
+    beside = this.start(None, f"{NAME}{this.turn}")
+    runs = {program: Outage(this, program) for program in programs}
+    record = functools.partial(this.record, programs=programs)
+    record(table.BEFORE_OUTAGE, table.ON_MARIADB, lambda program: runs[program].before())
+    with frozen(this.database):
+        record(table.SWITCH, table.ON_MARIADB, lambda program: runs[program].switch())
+        load = this.load()
+        rows = [
+            (table.IN_OUTAGE, lambda program: runs[program].load(load)),
+            (table.NO_SPOOL, lambda program: run_load([beside[program]], load)),
+        ]
+        for row, measure in rows if this.turn % 2 == 0 else reversed(rows):
+            record(row, table.ON_SQLITE, measure)
+        for run in runs.values():
+            run.fill_up()
+    for run in runs.values():
+        run.await_state("back")
+    record(table.CARRYING, table.ON_MARIADB, lambda program: runs[program].carry())
+    for run in runs.values():
+        run.verify()
+
+
+@contextlib.contextmanager
+def frozen(database: MariaDB) -> Iterator[None]:
+    """A server that answers nothing: the worst kind of outage."""
+    pid = int(Path(database.sql("SELECT @@pid_file")).read_text())
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def status(daemon: Daemon) -> dict[str, str]:
+    """What the daemon says of itself."""
+    with socket.create_connection(("127.0.0.1", daemon.port), timeout=30) as connection:
+        connection.sendall(b"request=status\n\n")
+        lines = iter(connection.makefile("rb").readline, b"\n")
+        return dict(line.decode().rstrip("\n").split("=", 1) for line in lines)
+
+
+class Outage:
+    """A daemon with a spool."""
+
+    def __init__(self, this: Round, program: str) -> None:
+        self._this = this
+        self._name = ledger(NAME, program)
+        self._spool = this.bench.path(".spool")
+        settings = {"_onfailure": "LOCAL", "_dbtimeout": DBTIMEOUT, "_spoolfile": str(self._spool)}
+        self._daemon = saslquota(this.bench, program, this.database, NAME, **settings)
+        self._accepted = 0
+
+    def load(self, load: Load) -> Result:
+        result = run_load([self._daemon], load)
+        self._accepted += result.all_accepted
+        return result
+
+    def before(self) -> Result:
+        return self.load(self._this.load())
+
+    def switch(self) -> Result:
+        """The longest that anybody waits when the database has gone, in seconds."""
+        result = self.load(Load(requests=100))
+        return dataclasses.replace(result, extra=result.longest / 1e6)
+
+    def fill_up(self) -> None:
+        """Until there are enough in the spool."""
+        held = int(status(self._daemon)["spooled_sends"])
+        self.load(Load(requests=max(100, self._this.size(SENDS) - held)))
+        size = sum(path.stat().st_size for path in self._spool.parent.glob(f"{self._spool.name}*"))
+        held = int(status(self._daemon)["spooled_sends"])
+        say(f"the spool has {size / 1e6:.1f} MB for {held:,} sends: {size / held:.0f} bytes each")
+
+    def await_state(self, state: str) -> None:
+        deadline = time.monotonic() + LIMIT
+        while status(self._daemon)["store"] not in (state, "up"):
+            if time.monotonic() > deadline:
+                raise BenchError(f"not {state} within {LIMIT:g} s")
+            time.sleep(0.01)
+
+    def carry(self) -> Result:
+        """The load while all is carried over, and how many sends a second are."""
+        begun = time.monotonic()
+        before = int(status(self._daemon)["sends_carried_over"])
+        results = []
+        watch = Watch(self._daemon)
+        watch.start()
+        while not watch.ended:
+            results.append(self.load(Load(seconds=CHUNK)))
+            if time.monotonic() - begun > LIMIT:
+                raise BenchError(f"not carried over within {LIMIT:g} s")
+        watch.join()
+        sends = int(status(self._daemon)["sends_carried_over"]) - before
+        whole = results[: max(1, len(results) - 1)]  # without that in which it ended
+        middle = {
+            figure: statistics.median(getattr(result, figure) for result in whole)
+            for figure in ("rate", "p50", "p99", "load_cpu", "daemon_cpu")
+        }
+        longest = max(result.longest for result in whole)
+        seconds = max(0.01, watch.ended - begun)
+        return dataclasses.replace(whole[0], **middle, longest=longest, extra=sends / seconds)
+
+    def verify(self) -> None:
+        """Each accepted send has its row."""
+        self.await_state("up")
+        count = "SELECT COUNT(*) FROM sends WHERE account NOT LIKE 'SPOOL%'"
+        rows = int(self._this.database.sql(count, self._name))
+        if rows != self._accepted:
+            raise BenchError(f"{self._accepted} sends accepted, {rows} rows written")
+
+
+class Watch(threading.Thread):
+    """Notices when all is carried over."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        super().__init__(daemon=True)
+        self._daemon = daemon
+        self.ended = 0.0  # monotonic seconds
+
+    def run(self) -> None:
+        while status(self._daemon)["store"] != "up":
+            time.sleep(0.05)
+        self.ended = time.monotonic()
