@@ -81,9 +81,9 @@ HOW IT WORKS
         Postfix <-- 4 _reply()            one send, one log line
 
     A store that fails, or takes too long, is in an Outage: every charge gets the fallback at once
-    until the store can be opened again. With _onfailure LOCAL a LocalLedger decides meanwhile upon
-    a SpoolStore of its own, and a Carrier carries over what was sent. A
-    refusal may be repeated from memory for a second.
+    until the store can be opened again. With _onfailure LOCAL there is none: a LocalLedger goes on
+    deciding in a SpoolStore, a file of its own, and a Carrier carries over what was sent when the
+    store is back. A refusal may be repeated from memory for a second.
 
     The threads, and what only they may use:
 
@@ -98,7 +98,7 @@ HOW IT WORKS
         log           writes the log lines
 
     Sections use only those above them. Read first: Protocol, Policy, Server (PolicyHandler), then
-    Committer, Ledger, Accounts and Stores downwards; Rules and Config as you need them.
+    Committer, Ledger, Accounts and Stores downwards; Rules, Config and Spool as you need them.
 """
 
 from __future__ import annotations
