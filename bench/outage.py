@@ -27,30 +27,35 @@ LIMIT = 180.0  # seconds in which it must be
 
 
 def outage(this: Round) -> None:
-    """A row before it, one at the switch, one in it beside SQLite, and one while all is carried
-    over. The saslquota.py that have no spool are left out."""
-    programs = [name for name, source in this.bench.sources.items() if "_spoolfile" in source]
+    """One of each saslquota.py that has a spool, the other one not running."""
     this.create(NAME)
-    beside = this.start(None, f"{NAME}{this.turn}")
-    runs = {program: Outage(this, program) for program in programs}
-    record = functools.partial(this.record, programs=programs)
-    record(table.BEFORE_OUTAGE, table.ON_MARIADB, lambda program: runs[program].before())
+    programs = [name for name, source in this.bench.sources.items() if "_spoolfile" in source]
+    for program in programs if this.turn % 2 == 0 else reversed(programs):
+        with this.bench.section():
+            outage_of(this, program)
+
+
+def outage_of(this: Round, program: str) -> None:
+    """A row before it, one at the switch, one in it beside SQLite, and one while all is carried
+    over."""
+    run = Outage(this, program)
+    beside = saslquota(this.bench, program, None, f"{NAME}{this.turn}")
+    record = functools.partial(this.record, programs=[program])
+    record(table.BEFORE_OUTAGE, table.ON_MARIADB, lambda _: run.load(this.load()))
     with frozen(this.database):
-        record(table.SWITCH, table.ON_MARIADB, lambda program: runs[program].switch())
-        load = this.load()
+        record(table.SWITCH, table.ON_MARIADB, lambda _: run.switch())
         rows = [
-            (table.IN_OUTAGE, lambda program: runs[program].load(load)),
-            (table.NO_SPOOL, lambda program: run_load([beside[program]], load)),
+            (table.IN_OUTAGE, run.load),
+            (table.NO_SPOOL, functools.partial(run_load, [beside])),
         ]
+        for _, measure in rows:  # nobody is met for the first time while it is measured
+            measure(Load(requests=this.size(1000), in_turn=True))
         for row, measure in rows if this.turn % 2 == 0 else reversed(rows):
-            record(row, table.ON_SQLITE, measure)
-        for run in runs.values():
-            run.fill_up()
-    for run in runs.values():
-        run.await_state("back")
-    record(table.CARRYING, table.ON_MARIADB, lambda program: runs[program].carry())
-    for run in runs.values():
-        run.verify()
+            record(row, table.ON_SQLITE, lambda _, measure=measure: measure(this.load()))
+        run.fill_up()
+    run.await_state("back")
+    record(table.CARRYING, table.ON_MARIADB, lambda _: run.carry())
+    run.verify()
 
 
 @contextlib.contextmanager
@@ -87,9 +92,6 @@ class Outage:
         result = run_load([self._daemon], load)
         self._accepted += result.all_accepted
         return result
-
-    def before(self) -> Result:
-        return self.load(self._this.load())
 
     def switch(self) -> Result:
         """The longest that anybody waits when the database has gone, in seconds."""
