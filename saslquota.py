@@ -3216,7 +3216,8 @@ class Ledger:
 
 # --- Spool ----------------------------------------------------------------------------------------
 
-SPOOL_TIME = 1.0  # seconds of _dbtimeout that are left for the spool when the database fails
+SPOOL_TIME = 1.0  # seconds of _dbtimeout in which the database is not tried again
+SWITCH_TIME = 0.5  # seconds that are left for the spool when a statement was stuck until its end
 CARRY_COLLISIONS = 10  # in a row, then the database is left alone for a moment
 ATTEMPT_INTERVAL = 1.0  # seconds between two attempts to carry sends over
 ATTEMPT_WATCH = 0.05  # seconds between two looks whether one has ended
@@ -3631,6 +3632,11 @@ class Changeover(RememberingLedger):
             self._spool.join(self._home)
             self._plan_chore()
 
+    def _in_time(self, deadline: float) -> contextlib.AbstractContextManager[None]:
+        """Leave time to go on in the spool before the deadline: that of a request, or of those who
+        may come at once."""
+        return self._store.hurry(deadline - SWITCH_TIME)
+
     def _plan_chore(self) -> None:
         """While the store decides: a spool in trouble is tried again."""
         self.chore_at = math.inf
@@ -3655,7 +3661,7 @@ class Changeover(RememberingLedger):
         each restart would have a quota of their own."""
         self._spool.open()
         try:
-            with self._store.hurry(deadline):
+            with self._in_time(deadline):
                 self.open(deadline - SPOOL_TIME)
         except Unavailable as error:
             if self._spool.trouble or not self._spools:
@@ -3721,7 +3727,7 @@ class Changeover(RememberingLedger):
             self._count_in_store()
             return
         try:
-            with self._store.hurry(time.monotonic() + self._timeout):
+            with self._in_time(time.monotonic() + self._timeout):
                 self._carrier.carry(rows)
         except StoreError as error:
             self._spool.log.failed(error, has_stopped=True)
@@ -3759,7 +3765,7 @@ class LocalLedger(Changeover):
                 return super().charge(charges, deadline, is_wanted)
             batch = Batch(charges, deadline - SPOOL_TIME, is_wanted)
             try:
-                with self._store.hurry(deadline):
+                with self._in_time(deadline):
                     self._charge(batch)
                 return batch.verdicts
             except Unavailable as error:
@@ -3803,7 +3809,7 @@ class LocalLedger(Changeover):
     def note_refusals(self, refused: Sequence[Refused], author: str) -> set[str]:
         if self.state != "up":
             raise Conflict("the database is unavailable")
-        with self._store.hurry(time.monotonic() + self._timeout):
+        with self._in_time(time.monotonic() + self._timeout):
             return super().note_refusals(refused, author)
 
     def open_if_lost(self) -> None:
@@ -3816,7 +3822,7 @@ class LocalLedger(Changeover):
         if self.state != "up":
             raise Conflict("the database is unavailable")
         try:
-            with self._store.hurry(time.monotonic() + self._timeout):
+            with self._in_time(time.monotonic() + self._timeout):
                 yield
         except Unavailable as error:
             if not self._spools or self._spool.trouble:

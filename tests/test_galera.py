@@ -144,9 +144,9 @@ def test_all_nodes_are_killed_and_come_back_one_by_one(
 ) -> None:
     """Each daemon counts on in a spool of its own; nothing is lost, or twice."""
     rules = {"default": {"period": 3600, "msgquota": 10**6, "msg": "over quota"}}
-    config = {**shared.config(), **outage.CONFIG}
+    config = {**shared.config(), **outage.CONFIG, "_dbtimeout": Config.dbtimeout}
     daemons = [daemon({**config, "_myhost": galera.hosts(n)}, rules) for n in range(3)]
-    with Load([d.port for d in daemons], SENDERS, connections=9, pause=0.02) as load:
+    with Load([d.port for d in daemons], SENDERS, connections=9, pause=0.05) as load:
         load.wait(OK, 20, 100)
         for node in reversed(galera.nodes):
             node.kill()
@@ -163,7 +163,7 @@ def test_all_nodes_are_killed_and_come_back_one_by_one(
     ours = [row for row in rows if not row.account.startswith("SPOOL")]
     audit(ours, load.accepted(), lambda _: (3600, 10**6))
     assert {sample.reply for sample in load.samples} == {OK}
-    assert max(sample.took for sample in load.samples) <= outage.DBTIMEOUT + SLACK
+    assert max(sample.took for sample in load.samples) <= Config.dbtimeout + SLACK
 
 
 @contextmanager
