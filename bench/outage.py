@@ -114,9 +114,10 @@ class Outage:
             time.sleep(0.01)
 
     def carry(self) -> Result:
-        """The load while all is carried over, and how many sends a second are."""
+        """The load while all is carried over, and how many a second are of what was in the spool:
+        those that come meanwhile are not counted."""
         begun = time.monotonic()
-        before = int(status(self._daemon)["sends_carried_over"])
+        held = int(status(self._daemon)["spooled_sends"])
         results = []
         watch = Watch(self._daemon)
         watch.start()
@@ -125,7 +126,6 @@ class Outage:
             if time.monotonic() - begun > LIMIT:
                 raise BenchError(f"not carried over within {LIMIT:g} s")
         watch.join()
-        sends = int(status(self._daemon)["sends_carried_over"]) - before
         whole = results[: max(1, len(results) - 1)]  # without that in which it ended
         middle = {
             figure: statistics.median(getattr(result, figure) for result in whole)
@@ -133,7 +133,7 @@ class Outage:
         }
         longest = max(result.longest for result in whole)
         seconds = max(0.01, watch.ended - begun)
-        return dataclasses.replace(whole[0], **middle, longest=longest, extra=sends / seconds)
+        return dataclasses.replace(whole[0], **middle, longest=longest, extra=held / seconds)
 
     def verify(self) -> None:
         """Each accepted send has its row."""
