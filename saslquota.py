@@ -1268,7 +1268,7 @@ HEAD_ROWS = 8  # the newest entries that come with an account's head: most windo
 LOCK_WAIT = 1  # seconds for a lock in MySQL: as short as it can be, for all others wait too
 OLDEST_CONNECTOR = 9, 2  # of mysql-connector-python: read_timeout came with it
 LOCK_PROBE = 0.1  # seconds for a lock in MySQL, when it is tried which account is locked
-CARRY_ROWS = 250  # of a spool in one INSERT: 1,000 keep the others waiting for 125 ms
+CARRY_ROWS = 64  # of a spool in one INSERT, at least: 250 keep the others waiting for 50 ms
 OPENING_ROWS = 24  # at most for what is not known between two entries of an opening balance
 INSERT_ROWS = 1000  # in one INSERT of SQLite, which takes 32,766 variables
 VACUUM_ROWS = 100_000  # after which a spool gives its room back
@@ -1736,11 +1736,11 @@ class SpoolStore(SQLiteStore):
             except StoreError:
                 self.close()
 
-    def rest(self) -> list[tuple[int, Entry]]:
-        """The next sends to carry over, with their numbers."""
+    def rest(self, least: int = 0) -> list[tuple[int, Entry]]:
+        """The next sends to carry over, with their numbers; so many at least, if there are."""
         rows = self.run(
             f"SELECT n, {COLUMNS} FROM sends WHERE n > ? AND token <> 0"
-            f" ORDER BY n LIMIT {CARRY_ROWS}",
+            f" ORDER BY n LIMIT {max(CARRY_ROWS, least)}",
             [self.done],
         )
         return [(n, Entry(*row)) for n, *row in rows]
@@ -3290,11 +3290,13 @@ class Carrier:
     def __init__(self, store: Store, spool: SpoolStore) -> None:
         self._store = store
         self._spool = spool
+        self._heads: dict[str, StoredEntry] = {}  # as the last INSERT left them
 
     def home(self) -> str:
         """The id of the database, made by the daemon that comes first; in a table that was made
         anew it is what it was. Raises Unavailable."""
         select = "SELECT instance FROM sends WHERE account = ? AND seq = 1"
+        self._heads.clear()  # it may be another server
         for _ in range(COLLISIONS_BEFORE_LOCKING):
             if rows := self._store.run(select, [SPOOL_ACCOUNT]):
                 return str(rows[0][0])
@@ -3341,11 +3343,12 @@ class Carrier:
         return False
 
     def _try(self, rows: Sequence[tuple[int, Entry]], *, take_locks: bool) -> bool:
+        heads, self._heads = self._heads, {}  # the key of each row proves them
         now, mark = self._store.now(), f"{SPOOL_ACCOUNT} {self._spool.id}"
-        names = sorted({mark, *(entry.account for _, entry in rows)}, key=lock_order)
-        wanted = dict.fromkeys(names, 1)
-        heads = {name: StoredEntry(name, 0, 1, 0, 0, 0) for name in names}
-        newest = self._store.newest_entries(wanted, take_locks=take_locks)
+        names = {mark, *(entry.account for _, entry in rows)} - heads.keys()
+        wanted = dict.fromkeys(sorted(names, key=lock_order), 1)
+        heads.update((name, StoredEntry(name, 0, 1, 0, 0, 0)) for name in names)
+        newest = self._store.newest_entries(wanted, take_locks=take_locks) if wanted else []
         heads.update((entry.account, entry) for entry in newest)
         last = heads[mark].total
         if rows[-1][0] <= last:
@@ -3357,6 +3360,8 @@ class Carrier:
         self._store.append(
             sorted(entries, key=lambda entry: (lock_order(entry.account), entry.seq))
         )
+        if len(heads) <= CACHED_ACCOUNTS:
+            self._heads = heads
         return True
 
     def _without_doubt(self, entries: list[Entry]) -> list[Entry]:
@@ -3495,10 +3500,10 @@ class Spool:
         self.log.spool_failed(error)
         self.ledger.close()
 
-    def rest(self) -> list[tuple[int, Entry]]:
+    def rest(self, least: int = 0) -> list[tuple[int, Entry]]:
         """The next sends to carry over; none if it cannot be used."""
         try:
-            return self.file.rest()
+            return self.file.rest(least)
         except StoreError as error:
             self.lose(error)
             return []
@@ -3622,6 +3627,7 @@ class Changeover(RememberingLedger):
         self._carrier = Carrier(store, file)
         self._attempt: Attempt | None = None
         self._home = ""  # the id of the database
+        self._charged = 0  # how many charges the spool had to decide last
         self._orders.keep = self._spool.keep_orders
         file.opening = self.accounts.opening
 
@@ -3720,9 +3726,9 @@ class Changeover(RememberingLedger):
             self.state, self.chore_at = "back", 0.0
 
     def _carry(self) -> None:
-        """Carry a batch over, after each batch of charges: so the spool gets empty however busy it
-        is, and nobody waits for long."""
-        rows = self._spool.rest()
+        """Carry a batch over, after each batch of charges, and of more sends: so the spool gets
+        empty however busy it is, and nobody waits for long."""
+        rows = self._spool.rest(2 * self._charged)
         if not rows:
             self._count_in_store()
             return
@@ -3772,6 +3778,7 @@ class LocalLedger(Changeover):
                 self._go_on_in_spool(error, batch)
             if batch.is_uncertain:
                 return batch.verdicts
+        self._charged = len(charges)
         return self._spool.charge(charges, deadline, is_wanted)
 
     def close(self) -> None:
