@@ -1725,7 +1725,7 @@ class SpoolStore(SQLiteStore):
     def _hold(self, entries: Sequence[Entry]) -> None:
         if not self.held and entries:
             self.oldest_at = entries[0].at
-        self.held += sum(not entry.account.startswith(POOL_PREFIX) for entry in entries)
+        self.held += count_sends(entries)
 
     def rollback(self) -> None:
         """Opening balances stay, whatever has become of the sends: the accounts are remembered."""
@@ -1747,7 +1747,7 @@ class SpoolStore(SQLiteStore):
 
     def carried(self, rows: Sequence[tuple[int, Entry]]) -> int:
         """These sends are in the store; returns how many they are, those of pools not counted."""
-        number = sum(not entry.account.startswith(POOL_PREFIX) for _, entry in rows)
+        number = count_sends(entry for _, entry in rows)
         if rows:
             self.done, self.oldest_at = rows[-1][0], rows[-1][1].at
         self.held -= number
@@ -1770,6 +1770,11 @@ class SpoolStore(SQLiteStore):
             if "locked" not in str(error):
                 raise
             return f"{self}: in use; that is right if it is by saslquota itself"
+
+
+def count_sends(entries: Iterable[Entry]) -> int:
+    """How many sends entries are: those of pools are no others."""
+    return sum(not entry.account.startswith(POOL_PREFIX) for entry in entries)
 
 
 def random_id() -> str:
@@ -3306,18 +3311,19 @@ class Carrier:
                 self._store.append([new])
         raise Unavailable(f"account {SPOOL_ACCOUNT}: rows locked by another database session")
 
-    def other_database(self, home: str) -> OtherDatabase:
-        remedy = "move the file away, or set _myhost and _mydb to that database"
-        found = f"its sends belong to another database, {self._spool.database}, this is {home}"
-        return OtherDatabase(f"{self._spool}: {found}: {remedy}")
+    def check_home(self, rows: Sequence[tuple[int, Entry]], home: str) -> None:
+        """Raise OtherDatabase if these sends do not belong to the database of this id."""
+        if rows and self._spool.database not in ("", home):
+            remedy = "move the file away, or set _myhost and _mydb to that database"
+            found = f"its sends belong to another database, {self._spool.database}, this is {home}"
+            raise OtherDatabase(f"{self._spool}: {found}: {remedy}")
 
     def reopen(self, rows: Sequence[tuple[int, Entry]], timeout: float) -> str:
         """Open the store and carry these sends over: that it can be opened proves too little.
         Returns the database's id. Raises Unavailable, also when it takes longer than `timeout`."""
         self._store.open()
         home = self.home()
-        if rows and self._spool.database not in ("", home):
-            raise self.other_database(home)
+        self.check_home(rows, home)
         began = time.monotonic()
         if not self.carry(rows):
             self._store.probe()
@@ -3329,7 +3335,9 @@ class Carrier:
     def carry(self, rows: Sequence[tuple[int, Entry]]) -> bool:
         """Carry these sends over, but for those that are in; whether anything was written. Raises
         Unavailable: the next attempt finds out what has become of this one."""
-        for collisions in range(CARRY_COLLISIONS if rows else 0):
+        if not rows:
+            return False
+        for collisions in range(CARRY_COLLISIONS):
             try:
                 return self._try(rows, take_locks=collisions >= COLLISIONS_BEFORE_LOCKING)
             except LockTimeout as error:
@@ -3338,9 +3346,7 @@ class Carrier:
                 reason = error
             finally:
                 self._store.rollback()
-        if rows:
-            raise Unavailable(f"other daemons are always faster: {reason}")
-        return False
+        raise Unavailable(f"other daemons are always faster: {reason}")
 
     def _try(self, rows: Sequence[tuple[int, Entry]], *, take_locks: bool) -> bool:
         heads, self._heads = self._heads, {}  # the key of each row proves them
@@ -3680,8 +3686,10 @@ class Changeover(RememberingLedger):
     def _settle(self) -> None:
         """The store can be used; so can the spool, unless it is in trouble."""
         rows = [] if self._spool.trouble else self._spool.rest()
-        if rows and self._spool.file.database not in ("", self._home):
-            self._spool.lose(self._carrier.other_database(self._home))
+        try:
+            self._carrier.check_home(rows, self._home)
+        except OtherDatabase as error:
+            self._spool.lose(error)
         if rows and not self._spool.trouble:
             self._accounts.forget_all()
             self._spool.log.begin(None)
@@ -3814,9 +3822,7 @@ class LocalLedger(Changeover):
             return super().purge()
 
     def note_refusals(self, refused: Sequence[Refused], author: str) -> set[str]:
-        if self.state != "up":
-            raise Conflict("the database is unavailable")
-        with self._in_time(time.monotonic() + self._timeout):
+        with self._while_up():
             return super().note_refusals(refused, author)
 
     def open_if_lost(self) -> None:
@@ -3824,12 +3830,18 @@ class LocalLedger(Changeover):
             super().open_if_lost()
 
     @contextlib.contextmanager
-    def _as_chore(self) -> Iterator[None]:
+    def _while_up(self) -> Iterator[None]:
         """For what may be put off, by a Conflict, until the store is there."""
         if self.state != "up":
             raise Conflict("the database is unavailable")
+        with self._in_time(time.monotonic() + self._timeout):
+            yield
+
+    @contextlib.contextmanager
+    def _as_chore(self) -> Iterator[None]:
+        """The same; a store that fails is an outage, as for a charge."""
         try:
-            with self._in_time(time.monotonic() + self._timeout):
+            with self._while_up():
                 yield
         except Unavailable as error:
             if not self._spools or self._spool.trouble:

@@ -305,8 +305,8 @@ def complain(store: Store, account: str, reason: str) -> int:
 
 def similar(store: Store, account: str) -> str:
     """If an account has never sent: which others of its domain or local part have."""
-    rows = store.run("SELECT DISTINCT account FROM sends")
-    known = [name for (name,) in rows if not name.startswith(SPOOL_ACCOUNT)]
+    rows = store.run(f"SELECT DISTINCT account FROM sends WHERE {NO_SPOOL}")
+    known = [name for (name,) in rows]
     local, _, domain = account.rpartition("@")
     parts = [(name.rpartition("@"), name) for name in known]
     by_local = {its: name for (its, _, its_domain), name in parts if its_domain == domain}

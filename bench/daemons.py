@@ -10,7 +10,6 @@ import table
 from galera import LIBRARY, galera_cluster
 from rounds import Round, loaded, measure_pair
 from servers import (
-    BenchError,
     Daemon,
     Load,
     MariaDB,
@@ -100,8 +99,7 @@ def run_side_by_side(
 ) -> Result:
     """Load several daemons with one database; each accepted send must have its row."""
     result = run_load([daemons[program] for daemons in started], load)
-    if (rows := this.database.count(ledger(name, program))) != result.all_accepted:
-        raise BenchError(f"{result.all_accepted} sends accepted, {rows} rows written")
+    this.database.check_count(ledger(name, program), result.all_accepted)
     return result
 
 

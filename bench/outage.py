@@ -138,10 +138,7 @@ class Outage:
     def verify(self) -> None:
         """Each accepted send has its row."""
         self.await_state("up")
-        count = "SELECT COUNT(*) FROM sends WHERE account NOT LIKE 'SPOOL%'"
-        rows = int(self._this.database.sql(count, self._name))
-        if rows != self._accepted:
-            raise BenchError(f"{self._accepted} sends accepted, {rows} rows written")
+        self._this.database.check_count(self._name, self._accepted)
 
 
 class Watch(threading.Thread):

@@ -257,7 +257,9 @@ class MariaDB:
     )
     SERVER: str | Path = "mariadbd"
     CLIENT: str | Path = "mariadb"
-    COUNT = "SELECT COUNT(*) FROM sends WHERE account NOT LIKE 'POOL %'"
+    COUNT = (
+        "SELECT COUNT(*) FROM sends WHERE account NOT LIKE 'POOL %' AND account NOT LIKE 'SPOOL%'"
+    )
 
     def __init__(self, bench: Bench, options: Sequence[str] = ()) -> None:
         self.port = free_port()
@@ -321,8 +323,13 @@ class MariaDB:
         return bool(self.sql(f"SHOW DATABASES LIKE '{database}'"))
 
     def count(self, database: str) -> int:
-        """How many sends its ledger holds, without the rows of pools."""
+        """How many sends its ledger holds, without the rows of pools and spools."""
         return int(self.sql(self.COUNT, database))
+
+    def check_count(self, database: str, accepted: int) -> None:
+        """Raise BenchError unless each accepted send has its row."""
+        if (rows := self.count(database)) != accepted:
+            raise BenchError(f"{accepted} sends accepted, {rows} rows written")
 
     def settle(self) -> None:
         """Write a bulk load's dirty pages out now, not under the measurement that follows."""

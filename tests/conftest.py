@@ -30,7 +30,7 @@ from helpers import (
 )
 from servers.daemon import Daemon, copy_shipped
 from servers.disk import small_disk
-from servers.mariadb import Database, MariaDB
+from servers.mariadb import Database, MariaDB, SmallMariaDB
 from servers.mysql import NO_MYSQL, MySQL, require_mysql
 from servers.postfix import Postfix
 from servers.process import Process
@@ -216,6 +216,14 @@ def disk(new_directory: Callable[[], Path]) -> Iterator[Path]:
     require("mount", root=True)
     with small_disk(new_directory(), 200) as path:
         yield path
+
+
+@pytest.fixture
+def small_server(disk: Path) -> Iterator[MariaDB]:
+    """The SmallMariaDB on that disk."""
+    require("mariadbd", "mariadb-install-db", "mariadb")
+    with SmallMariaDB(disk) as running:
+        yield running
 
 
 @pytest.fixture

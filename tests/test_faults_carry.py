@@ -24,6 +24,7 @@ from servers.outage import (
     DBTIMEOUT,
     audit_spooled,
     is_up,
+    reset_statement,
     sends,
     settle,
 )
@@ -310,13 +311,6 @@ def test_orders_before_and_after_an_outage(
     assert found == {"reset@example.com": 15, "more@example.com": 8, "blocked@example.com": 5}
 
 
-RESET = (
-    "INSERT INTO sends (account, seq, epoch, at, recipients, total, instance, token)"
-    " SELECT account, seq + 1, epoch + 1, GREATEST(at, UTC_TIMESTAMP(6)), 0, 0, 'reset', 0"
-    " FROM sends WHERE account = %s ORDER BY seq DESC LIMIT 1"
-)
-
-
 def reset_until_back(server: MariaDB, database: Database, counting: Daemon) -> int:
     """How many resets have got in while all was carried over."""
     done = 0
@@ -324,7 +318,7 @@ def reset_until_back(server: MariaDB, database: Database, counting: Daemon) -> i
         while not re.search(BACK, counting.log()):
             for name in WIDE:
                 with suppress(mysql.connector.Error):  # another row was faster
-                    admin.execute(RESET, [name])
+                    admin.execute(reset_statement(name))
                     done += admin.rowcount
             pause(0.01)
     return done

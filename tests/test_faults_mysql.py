@@ -39,7 +39,6 @@ from servers.load import (
 from servers.mariadb import (
     Database,
     MariaDB,
-    SmallMariaDB,
     changed,
     crowded,
     frozen,
@@ -319,21 +318,19 @@ def test_a_missing_table(database: Database, counting: Daemon) -> None:
     audit(entries(database), [s for s in load.accepted() if s.began > imported])
 
 
-def test_a_full_disk(disk: Path, daemon: StartDaemon) -> None:
-    require("mariadbd", "mariadb-install-db", "mariadb")
-    with SmallMariaDB(disk) as server:
-        database = server.create_database()
-        counting = daemon({**database.config(), **CONFIG}, RULES)
-        with Load(counting.port, pause=0.001) as load:
-            load.wait(OK, 10, 100)
-            with full(disk):
-                load.wait(DEFERRED, 60, 50)
-                # The server says that it is full, or hangs until there is room again (2013).
-                wait_for_log(counting, "database unavailable.*(1114|1030|1026|2013)")
-            if not server.running:
-                server.start()
-            load.counts_within()
-        audit_all(database, load)
+def test_a_full_disk(small_server: MariaDB, disk: Path, daemon: StartDaemon) -> None:
+    database = small_server.create_database()
+    counting = daemon({**database.config(), **CONFIG}, RULES)
+    with Load(counting.port, pause=0.001) as load:
+        load.wait(OK, 10, 100)
+        with full(disk):
+            load.wait(DEFERRED, 60, 50)
+            # The server says that it is full, or hangs until there is room again (2013).
+            wait_for_log(counting, "database unavailable.*(1114|1030|1026|2013)")
+        if not small_server.running:
+            small_server.start()
+        load.counts_within()
+    audit_all(database, load)
 
 
 @ONLY_MARIADB

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from helpers import StartDaemon, require
+from helpers import StartDaemon
 from servers.audit import audit, count_rows
 from servers.daemon import Daemon
 from servers.disk import full
 from servers.load import DEFERRED, OK, REFUSED, RULES, SLACK, WIDE, Load
-from servers.mariadb import Database, MariaDB, SmallMariaDB, frozen, session
+from servers.mariadb import Database, MariaDB, frozen, session
 from servers.outage import (
     AWAY,
     BACK,
@@ -20,6 +20,7 @@ from servers.outage import (
     DBTIMEOUT,
     audit_spooled,
     outlive,
+    reset_statement,
     sends,
     settle,
     twice,
@@ -83,23 +84,23 @@ def test_a_global_read_lock(server: MariaDB, database: Database, counting: Daemo
     audit_spooled(database, load, [counting])
 
 
-def test_a_full_disk_of_the_database(disk: Path, daemon: StartDaemon) -> None:
+def test_a_full_disk_of_the_database(
+    small_server: MariaDB, disk: Path, daemon: StartDaemon
+) -> None:
     """The server says that it is full, or ends, or hangs until there is room again."""
-    require("mariadbd", "mariadb-install-db", "mariadb")
-    with SmallMariaDB(disk) as server:
-        database = server.create_database()
-        counting = daemon({**database.config(), **CONFIG}, RULES)
-        with Load(counting.port, pause=0.001) as load:
-            load.wait(OK, 10, 100)
-            with full(disk):
-                wait_for_log(counting, AWAY)
-                load.wait(OK, DBTIMEOUT + SLACK, 50)
-                pause(3)
-                load.wait(OK, SLACK, 20)
-            if not server.running:
-                server.start()
-            wait_for_log(counting, BACK)
-        audit_spooled(database, load, [counting])
+    database = small_server.create_database()
+    counting = daemon({**database.config(), **CONFIG}, RULES)
+    with Load(counting.port, pause=0.001) as load:
+        load.wait(OK, 10, 100)
+        with full(disk):
+            wait_for_log(counting, AWAY)
+            load.wait(OK, DBTIMEOUT + SLACK, 50)
+            pause(3)
+            load.wait(OK, SLACK, 20)
+        if not small_server.running:
+            small_server.start()
+        wait_for_log(counting, BACK)
+    audit_spooled(database, load, [counting])
 
 
 def test_a_full_disk_of_the_spool(
@@ -268,11 +269,7 @@ def test_a_reset_before_all_is_carried_over_wins(
         assert [policy.ask() for _ in range(4)] == [OK] * 3 + [REFUSED]
         counting.stop()
         server.start()
-        database.sql(
-            "INSERT INTO sends (account, seq, epoch, at, recipients, total, instance, token)"
-            " SELECT account, seq + 1, epoch + 1, UTC_TIMESTAMP(6), 0, 0, 'reset', 0 FROM sends"
-            " WHERE account = 'alice@example.com' ORDER BY seq DESC LIMIT 1"
-        )
+        database.sql(reset_statement("alice@example.com"))
     counting.start()
     settle(counting)
     with counting.policy() as policy:

@@ -42,6 +42,15 @@ def sends(database: Database) -> list[Entry]:
     return [row for row in entries(database) if not row.account.startswith("SPOOL")]
 
 
+def reset_statement(account: str) -> str:
+    """What begins an epoch of the account, as the manual says."""
+    return (
+        "INSERT INTO sends (account, seq, epoch, at, recipients, total, instance, token)"
+        " SELECT account, seq + 1, epoch + 1, GREATEST(at, UTC_TIMESTAMP(6)), 0, 0, 'reset', 0"
+        f" FROM sends WHERE account = '{account}' ORDER BY seq DESC LIMIT 1"
+    )
+
+
 def twice(account: str) -> tuple[int, int]:
     """What may be in a window: a quota, and a further one of the daemon's in the outage."""
     period, quota = (SHORT, QUOTA) if account in NARROW else (3600, 1_000_000)
