@@ -1361,7 +1361,7 @@ class Store:
     def _check_time(self) -> None:
         """Raise TimedOut if no statement may begin any more."""
         if time.monotonic() > self._begin_until:
-            raise TimedOut(f"timed out: a statement takes {self.statement_took:.1f} s")
+            raise TimedOut(f"timed out: the last statement took {self.statement_took:.1f} s")
 
     def now(self) -> int:
         """The database's time in microseconds since 1970, UTC."""

@@ -42,6 +42,7 @@ from servers.mariadb import (
     changed,
     crowded,
     frozen,
+    kept_running,
     kill_connections,
     session,
 )
@@ -327,9 +328,9 @@ def test_a_full_disk(small_server: MariaDB, disk: Path, daemon: StartDaemon) -> 
             load.wait(DEFERRED, 60, 50)
             # The server says that it is full, or hangs until there is room again (2013).
             wait_for_log(counting, "database unavailable.*(1114|1030|1026|2013)")
-        if not small_server.running:
-            small_server.start()
-        load.counts_within()
+        with kept_running(small_server):
+            load.wait(OK, 60, 50)
+            load.counts_within()
     audit_all(database, load)
 
 

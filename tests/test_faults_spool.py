@@ -11,8 +11,8 @@ from helpers import StartDaemon
 from servers.audit import audit, count_rows
 from servers.daemon import Daemon
 from servers.disk import full
-from servers.load import DEFERRED, OK, REFUSED, RULES, SLACK, WIDE, Load
-from servers.mariadb import Database, MariaDB, frozen, session
+from servers.load import DEFERRED, OK, QUOTA, REFUSED, RULES, SHORT, SLACK, WIDE, Load
+from servers.mariadb import Database, MariaDB, frozen, kept_running, session
 from servers.outage import (
     AWAY,
     BACK,
@@ -97,16 +97,17 @@ def test_a_full_disk_of_the_database(
             load.wait(OK, DBTIMEOUT + SLACK, 50)
             pause(3)
             load.wait(OK, SLACK, 20)
-        if not small_server.running:
-            small_server.start()
-        wait_for_log(counting, BACK)
+        with kept_running(small_server):
+            wait_for_log(counting, BACK)
+            settle(counting)
     audit_spooled(database, load, [counting])
 
 
 def test_a_full_disk_of_the_spool(
     server: MariaDB, database: Database, disk: Path, daemon: StartDaemon
 ) -> None:
-    """Only then somebody is deferred; who was not is counted, once."""
+    """Only then somebody is deferred; who was not is counted, once, though at a later time when the
+    database has decided meanwhile: `at` never falls."""
     spool = {"_spoolfile": str(disk / "saslquota.spool")}
     counting = daemon({**database.config(), **CONFIG, **spool}, RULES)
     with Load(counting.port) as load:
@@ -117,6 +118,7 @@ def test_a_full_disk_of_the_spool(
             load.wait(DEFERRED, 10, 50)
             wait_for_log(counting, "spool cannot be used.*full")
         load.wait(OK, 10, 100)
+        pause(SHORT)
         with full(disk):
             load.wait(DEFERRED, 10, 50)
             server.start()  # so the database decides: a spool in trouble is tried once a minute
@@ -125,7 +127,8 @@ def test_a_full_disk_of_the_spool(
         counting.start()
         load.wait(OK, 10, 50)
     settle(counting)
-    audit(sends(database), load.accepted(), twice)
+    audit(sends(database), load.accepted(), lambda _: (1, 1_000_000))
+    load.assert_never_over_quota(2 * QUOTA)  # the database's, and the spool's
     assert {sample.reply for sample in load.samples} <= {OK, REFUSED, DEFERRED, None}
 
 
@@ -146,6 +149,7 @@ def test_a_missing_table(database: Database, counting: Daemon) -> None:
 
 def test_another_database(server: MariaDB, counting: Daemon) -> None:
     """What belongs to one is not written to another."""
+    settle(counting)
     with counting.policy() as policy:
         assert policy.ask() == OK
         server.kill()
@@ -281,6 +285,7 @@ def test_a_reset_before_all_is_carried_over_wins(
 def test_another_onfailure_carries_over_what_is_left(
     server: MariaDB, database: Database, counting: Daemon
 ) -> None:
+    settle(counting)
     with counting.policy() as policy:
         assert policy.ask() == OK
         server.kill()

@@ -156,6 +156,16 @@ class Load:
             for earlier, later in itertools.pairwise([*sorted(account), ends])
         )
 
+    def assert_never_over_quota(self, quota: int) -> None:
+        """In no SHORT was more accepted of a NARROW sender's, as far as the replies' times tell."""
+        for account in NARROW:
+            mine = [sample for sample in self.accepted() if sample.account == account]
+            for first in mine:
+                within = [
+                    s for s in mine if first.began <= s.began and s.ended < first.began + SHORT
+                ]
+                assert len(within) <= quota, f"{len(within)} of {quota} in {SHORT} s since {first}"
+
     def assert_answered(self, seconds: float) -> None:
         """Every request got one of our replies, and none waited longer."""
         replies = Counter(sample.reply for sample in self.samples)
