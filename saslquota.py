@@ -3645,9 +3645,10 @@ class Changeover(RememberingLedger):
             self._plan_chore()
 
     def _in_time(self, deadline: float) -> contextlib.AbstractContextManager[None]:
-        """Leave time to go on in the spool before the deadline: that of a request, or of those who
-        may come at once."""
-        return self._store.hurry(deadline - SWITCH_TIME)
+        """Leave time to go on in the spool, if one can, before the deadline: that of a request, or
+        of those who may come at once."""
+        can_go_on = self._spools and not self._spool.trouble
+        return self._store.hurry(deadline - SWITCH_TIME if can_go_on else math.inf)
 
     def _plan_chore(self) -> None:
         """While the store decides: a spool in trouble is tried again."""

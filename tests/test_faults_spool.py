@@ -292,7 +292,8 @@ def test_another_onfailure_carries_over_what_is_left(
         assert policy.ask() == OK
     counting.stop()
     assert "saslquota.spool holds 1 sends that the database lacks" in counting.log()
-    counting.config["_onfailure"] = "DEFER_IF_PERMIT"
+    # The least of _dbtimeout, which leaves a spool no time: nothing goes on in one.
+    counting.config.update({"_onfailure": "DEFER_IF_PERMIT", "_dbtimeout": 2})
     counting.write_config()
     server.start()
     counting.start()
@@ -308,10 +309,13 @@ def test_a_second_daemon_cannot_use_the_same_spool(
 ) -> None:
     with counting.policy() as policy:
         assert policy.ask() == OK
-    spool = counting.directory / "saslquota.spool"
-    other = daemon({**database.config(), **CONFIG, "_spoolfile": str(spool)}, RULES)
+    spool = {"_spoolfile": str(counting.directory / "saslquota.spool")}
+    with SlowProxy(server.port) as proxy, proxy.slow(0.1):
+        # To connect takes longer than is left when one can go on in a spool.
+        other = daemon({**database.config(), **CONFIG, **spool, "_myport": proxy.port}, RULES)
+        with other.policy() as policy:
+            assert policy.ask() == OK
     with other.policy() as policy:
-        assert policy.ask() == OK
         wait_for_log(other, "spool cannot be used.*database is locked - another saslquota uses it")
         server.kill()
         assert policy.ask() == DEFERRED
