@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,9 +15,9 @@ import hypothesis
 import pytest
 from hypothesis import HealthCheck
 from servers.daemon import Daemon
-from servers.mariadb import Database
+from servers.mariadb import Database, MariaDB
 from servers.postfix import Postfix
-from servers.process import IS_ROOT, clean_environment, with_module
+from servers.process import IS_ROOT, clean_environment, pause, with_module
 from servers.supervisor import Supervisor
 
 from saslquota import (
@@ -194,3 +194,15 @@ def in_background(work: Callable[[], object]) -> Iterator[None]:
     assert not thread.is_alive()
     if errors:
         raise errors[0]
+
+
+def kept_running(server: MariaDB) -> AbstractContextManager[None]:
+    """Start a server again when it ends, as the machine's service manager does. One that aborts
+    writes a backtrace before it is gone, which may take seconds."""
+
+    def look() -> None:
+        pause(0.05)
+        if not server.running:
+            server.start()
+
+    return in_background(look)

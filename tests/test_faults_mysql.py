@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from helpers import StartDaemon, mysql_config, require
+from helpers import StartDaemon, kept_running, mysql_config, require
 from servers.audit import audit, audit_all, count_rows, entries
 from servers.clock import (
     CLOCK_RULES,
@@ -42,7 +42,6 @@ from servers.mariadb import (
     changed,
     crowded,
     frozen,
-    kept_running,
     kill_connections,
     session,
 )

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from helpers import StartDaemon
+from helpers import StartDaemon, kept_running
 from servers.audit import audit, count_rows
 from servers.daemon import Daemon
 from servers.disk import full
 from servers.load import DEFERRED, OK, QUOTA, REFUSED, RULES, SHORT, SLACK, WIDE, Load
-from servers.mariadb import Database, MariaDB, frozen, kept_running, session
+from servers.mariadb import Database, MariaDB, frozen, session
 from servers.outage import (
     AWAY,
     BACK,

@@ -3,7 +3,6 @@
 import shutil
 import socket
 import subprocess
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -163,26 +162,6 @@ def session(server: MariaDB, database: str = "") -> Iterator[Any]:
     finally:
         with suppress(mysql.connector.Error):
             connection.close()
-
-
-@contextmanager
-def kept_running(server: MariaDB) -> Iterator[None]:
-    """Start a server again when it ends, as the machine's service manager does. One that aborts
-    writes a backtrace before it is gone, which may take seconds."""
-    over = threading.Event()
-
-    def watch() -> None:
-        while not over.wait(0.05):
-            if not server.running:
-                server.start()
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
 
 
 @contextmanager
