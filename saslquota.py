@@ -3556,8 +3556,12 @@ class Spool:
 
     def recover(self, deadline: float) -> float:
         """As Ledger.recover()."""
-        self._reopen(deadline)
-        return self.ledger.probe()
+        try:
+            self._reopen(deadline)
+            return self.ledger.probe()
+        except Unavailable as error:
+            self.lose(error)
+            raise
 
     def _reopen(self, deadline: float) -> None:
         if self.trouble:
