@@ -89,6 +89,7 @@ class Doomed(Daemon):
 @pytest.fixture
 def counting(database: Database, daemon: StartDaemon) -> Iterator[Daemon]:
     running = daemon({**database.config(), **CONFIG}, RULES)
+    settle(running)
     yield running
     assert "Traceback" not in running.log()
 
@@ -163,6 +164,7 @@ def behind(
     (tmp_path / "sitecustomize.py").write_text(WITHOUT_TLS)
     config = {**database.config(), **CONFIG, "_myport": proxy.port}
     running = daemon(config, RULES, {"PYTHONPATH": tmp_path})
+    settle(running)
     yield running
     assert "Traceback" not in running.log()
 
@@ -176,6 +178,7 @@ def test_the_insert_of_a_batch_is_stuck(
     behind.config["_dbtimeout"] = 7
     behind.write_config()
     behind.start()
+    settle(behind)
     with Load(behind.port) as load:
         load.wait(OK, 10, 100)
         with proxy.insert_stuck(way, 3) as stuck:
@@ -236,6 +239,7 @@ def test_down_and_up_every_second(
     """What was remembered gives nobody a further quota."""
     config = {**database.config(), **CONFIG, "_myport": proxy.port}
     counting = daemon(config, quota(300))
+    settle(counting)
     with Load(counting.port, WIDE, connections=8, pause=0.05) as load:
         load.wait(OK, 10, 20)
         for _ in range(15):
@@ -286,6 +290,7 @@ def test_orders_before_and_after_an_outage(
 ) -> None:
     """In it they cannot be given."""
     counting = daemon({**database.config(), **CONFIG}, quota(5))
+    settle(counting)
     admin = Admin(counting)
     assert [admin.count(name) for name in ("reset", "more")] == [5, 5]
     assert admin.ctl("reset", "reset@example.com") == 0
@@ -381,6 +386,7 @@ def test_a_failover_to_a_server_that_lacks_rows(
     replica = other.create_database(database.name)
     hosts = [f"{LOOPBACK}:{each.port}" for each in (server, other)]
     counting = daemon({**database.config(), **CONFIG, "_myhost": hosts}, RULES)
+    settle(counting)
     with Load(counting.port) as load:
         load.wait(OK, 10, 100)
         copy_rows(database, replica)

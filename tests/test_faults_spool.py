@@ -23,6 +23,7 @@ from servers.outage import (
     reset_statement,
     sends,
     settle,
+    status,
     twice,
 )
 from servers.process import ROOT, pause, wait_for, wait_for_log
@@ -34,6 +35,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def counting(database: Database, daemon: StartDaemon) -> Iterator[Daemon]:
     running = daemon({**database.config(), **CONFIG}, RULES)
+    settle(running)
     yield running
     assert "Traceback" not in running.log()
 
@@ -90,6 +92,7 @@ def test_a_full_disk_of_the_database(
     """The server says that it is full, or ends, or hangs until there is room again."""
     database = small_server.create_database()
     counting = daemon({**database.config(), **CONFIG}, RULES)
+    settle(counting)
     with Load(counting.port, pause=0.001) as load:
         load.wait(OK, 10, 100)
         with full(disk):
@@ -110,6 +113,7 @@ def test_a_full_disk_of_the_spool(
     database has decided meanwhile: `at` never falls."""
     spool = {"_spoolfile": str(disk / "saslquota.spool")}
     counting = daemon({**database.config(), **CONFIG, **spool}, RULES)
+    settle(counting)
     with Load(counting.port) as load:
         load.wait(OK, 10, 100)
         server.kill()
@@ -149,7 +153,6 @@ def test_a_missing_table(database: Database, counting: Daemon) -> None:
 
 def test_another_database(server: MariaDB, counting: Daemon) -> None:
     """What belongs to one is not written to another."""
-    settle(counting)
     with counting.policy() as policy:
         assert policy.ask() == OK
         server.kill()
@@ -161,6 +164,7 @@ def test_another_database(server: MariaDB, counting: Daemon) -> None:
     counting.config.update(other.config())
     counting.write_config()
     counting.start()
+    wait_for(lambda: status(counting)["store"] == "up", 20, "the other database is in use")
     with counting.policy() as policy:
         assert policy.ask() == OK
         wait_for_log(counting, "spool cannot be used.*another database.*move the file away")
@@ -173,6 +177,7 @@ def test_a_blackholed_host(server: MariaDB, database: Database, daemon: StartDae
     """Each statement takes longer than the daemon waits."""
     with SlowProxy(server.port) as proxy:
         counting = daemon({**database.config(), **CONFIG, "_myport": proxy.port}, RULES)
+        settle(counting)
         with Load(counting.port) as load:
             outlive(counting, load, proxy.slow(30), 5)
         audit_spooled(database, load, [counting])
@@ -181,6 +186,7 @@ def test_a_blackholed_host(server: MariaDB, database: Database, daemon: StartDae
 def test_a_slow_server(server: MariaDB, database: Database, daemon: StartDaemon) -> None:
     with SlowProxy(server.port) as proxy:
         counting = daemon({**database.config(), **CONFIG, "_myport": proxy.port}, RULES)
+        settle(counting)
         with Load(counting.port) as load:
             outlive(counting, load, proxy.slow(0.9), 8)
         audit_spooled(database, load, [counting])
@@ -224,6 +230,7 @@ def test_two_daemons_have_a_spool_each(
     server: MariaDB, database: Database, daemon: StartDaemon
 ) -> None:
     two = [daemon({**database.config(), **CONFIG}, RULES) for _ in range(2)]
+    settle(*two)
     with Load([running.port for running in two]) as load:
         for _ in range(3):
             load.wait(OK, 10, 200)
@@ -267,6 +274,7 @@ def test_a_reset_before_all_is_carried_over_wins(
 ) -> None:
     rules = {"default": {"period": 3600, "msgquota": 5, "msg": "over quota"}}
     counting = daemon({**database.config(), **CONFIG}, rules)
+    settle(counting)
     with counting.policy() as policy:
         assert [policy.ask() for _ in range(2)] == [OK] * 2
         server.kill()
@@ -285,7 +293,6 @@ def test_a_reset_before_all_is_carried_over_wins(
 def test_another_onfailure_carries_over_what_is_left(
     server: MariaDB, database: Database, counting: Daemon
 ) -> None:
-    settle(counting)
     with counting.policy() as policy:
         assert policy.ask() == OK
         server.kill()

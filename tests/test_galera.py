@@ -123,7 +123,7 @@ def test_a_node_is_frozen(galera: Galera, shared: Database, daemon: StartDaemon)
         load.wait(OK, 20, 100)
         for victim in (galera.nodes[2], galera.nodes[0]):
             victim.freeze()
-            pause(6)
+            pause(8)
             for running in daemons:  # also the one whose node it was
                 wait_until_it_counts(running)
             victim.thaw()
@@ -146,6 +146,7 @@ def test_all_nodes_are_killed_and_come_back_one_by_one(
     rules = {"default": {"period": 3600, "msgquota": 10**6, "msg": "over quota"}}
     config = {**shared.config(), **outage.CONFIG, "_dbtimeout": Config.dbtimeout}
     daemons = [daemon({**config, "_myhost": galera.hosts(n)}, rules) for n in range(3)]
+    outage.settle(*daemons)
     with Load([d.port for d in daemons], SENDERS, connections=9, pause=0.05) as load:
         load.wait(OK, 20, 100)
         for node in reversed(galera.nodes):
