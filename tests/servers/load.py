@@ -178,7 +178,8 @@ class Load:
         """The requests of that time were answered with the fallback, and waited for nothing."""
         samples = self.between(start, end)
         assert len(samples) > 50
-        assert {sample.reply for sample in samples} == {DEFERRED}
+        others = [s for s in samples if s.reply != DEFERRED and s.ended < end]
+        assert not others, others[:5]
         assert max(sample.took for sample in samples) < SLACK
 
 
