@@ -254,10 +254,18 @@ def log_value(value: str) -> str:
 
 
 class OneLine(logging.Formatter):
-    """Makes one line that fits a datagram, whatever a client sent, and of a traceback too."""
+    """Makes one line that fits a datagram, whatever a client sent, and of a traceback too. It is
+    for LogWriter's records, which have a text and no more."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__(form)
+        self._form, self._is_dated = form, self.usesTime()
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record)[:MAX_LINE])
+        record.message = record.msg
+        if self._is_dated:
+            record.asctime = self.formatTime(record)
+        return printable((self._form % vars(record))[:MAX_LINE])
 
 
 class Syslog(SysLogHandler):
@@ -1157,6 +1165,7 @@ class RulesFile:
 MAX_REQUEST = 64 * 1024  # bytes; Postfix sends 1-20 KiB
 MAX_ATTRIBUTES = 256  # Postfix 3.7 sends 31
 MAX_RECIPIENTS = 1_000_000  # in one request; Postfix's own limit is 1,000 by default
+WHOLE_MESSAGE = "DATA", "END-OF-MESSAGE"  # where Postfix asks once, with the number of recipients
 MAX_REPLY = 400  # bytes; an SMTP reply line has 512 with its codes (RFC 5321, 4.5.3.1.5)
 
 
@@ -1175,9 +1184,9 @@ class Request(NamedTuple):
     is_status: bool = False  # somebody asks how the daemon is, and all else is empty
 
     @property
-    def is_whole_message(self) -> bool:
-        """Whether it comes once for a message, with the number of recipients."""
-        return self.protocol_state in ("DATA", "END-OF-MESSAGE")
+    def recipients(self) -> int:
+        """How many recipients it is about."""
+        return max(1, self.recipient_count) if self.protocol_state in WHOLE_MESSAGE else 1
 
 
 STATUS_REQUEST = Request("", "", "", "", 0, "", "", 0, is_status=True)
@@ -1193,7 +1202,7 @@ def parse_request(block: bytes) -> Request:
     if len(lines) > MAX_ATTRIBUTES:
         raise ProtocolError(f"more than {MAX_ATTRIBUTES} attributes")
     try:
-        attributes = {name: value for name, value in [line.split("=", 1) for line in lines]}  # noqa: C416 - a line without = must fail
+        attributes = dict([line.split("=", 1) for line in lines])
     except ValueError:
         raise ProtocolError("a line without =") from None
     get = attributes.get
@@ -1256,6 +1265,7 @@ class RequestStream:
             self._buffer += data
 
 
+@functools.lru_cache(100)
 def format_reply(action: str) -> bytes:
     """The reply to a request: valid UTF-8, and no longer than SMTP can carry."""
     cut = action.encode("utf-8", "replace")[:MAX_REPLY].decode("utf-8", "ignore")
@@ -3977,7 +3987,7 @@ PURGE_INTERVAL = 3600.0  # seconds between two purges
 class PendingCharge:
     """A charge that somebody waits for. The first answer counts, whichever thread gives it."""
 
-    __slots__ = ("_claim", "_decided", "charge", "deadline")
+    __slots__ = ("_claim", "_decided", "charge", "deadline", "is_answered")
 
     def __init__(
         self, charge: Charge, deadline: float, decided: Callable[[Verdict | None], None]
@@ -3986,10 +3996,7 @@ class PendingCharge:
         self.deadline = deadline  # monotonic seconds
         self._decided = decided
         self._claim = threading.Lock()  # taken for good by the one who answers
-
-    @property
-    def is_answered(self) -> bool:
-        return self._claim.locked()
+        self.is_answered: Callable[[], bool] = self._claim.locked
 
     def answer(self, verdict: Verdict | None) -> bool:
         """Call `decided`, with None for the fallback; false if it has been answered already."""
@@ -4125,8 +4132,11 @@ class LockedAccounts:
         now = time.monotonic()  # in MySQL it takes tenths of a second, in which all others wait
         self._next_recheck = now + max(LOCKED_ACCOUNT_RETRY, 5 * (now - began))
 
+    def __len__(self) -> int:
+        return len(self._entries)
+
     def are_needed_for(self, charge: Charge) -> bool:
-        return bool(self._entries) and any(d.account in self._entries for d in charge.debits)
+        return any(debit.account in self._entries for debit in charge.debits)
 
 
 class Watchdog(threading.Thread):
@@ -4163,7 +4173,7 @@ class Watchdog(threading.Thread):
         now = time.monotonic()
         for pending in list(self._charges):
             is_overdue = pending.deadline <= now
-            if pending.is_answered or is_overdue or self._outage.lasts:
+            if pending.is_answered() or is_overdue or self._outage.lasts:
                 self._charges.discard(pending)
                 if pending.answer(None) and is_overdue:
                     timed_out = TimedOut("timed out: no decision within _dbtimeout")
@@ -4294,7 +4304,7 @@ class Committer(threading.Thread):
         # All share one INSERT, so the first that cannot wait any longer decides for all.
         deadline = min(pending.deadline for pending in batch)
         charges = [pending.charge for pending in batch]
-        verdicts = self._ledger.charge(charges, deadline, lambda n: not batch[n].is_answered)
+        verdicts = self._ledger.charge(charges, deadline, lambda n: not batch[n].is_answered())
         for pending, verdict in zip(batch, verdicts, strict=True):
             if verdict.repeatable_until:
                 self._refusals.remember(pending.charge, verdict)
@@ -4306,13 +4316,11 @@ class Committer(threading.Thread):
 
     def _without_locked(self, batch: Sequence[PendingCharge]) -> Sequence[PendingCharge]:
         """What somebody still waits for; the fallback for what needs a locked account."""
-        free = []
-        for pending in batch:
-            if self._locked_accounts.are_needed_for(pending.charge):
-                pending.answer(None)
-            elif not pending.is_answered:
-                free.append(pending)
-        return free
+        waiting = [pending for pending in batch if not pending.is_answered()]
+        if not self._locked_accounts:
+            return waiting
+        self._fall_back(p for p in waiting if self._locked_accounts.are_needed_for(p.charge))
+        return [pending for pending in waiting if not pending.is_answered()]
 
     def _do_chore(self) -> None:
         """Do the one that is due, if any. Raises Unavailable."""
@@ -4345,34 +4353,19 @@ class Committer(threading.Thread):
 # --- Policy ---------------------------------------------------------------------------------------
 
 MAX_INSTANCE = 64  # characters; the column's width
-NO_LOGIN = "no sasl_username"
-OUTCOMES = (  # of a request
-    *("accepted", "refused", "held", "not_enforced", "fallback", "no_login", "uncounted"),
-)
+OUTCOMES = (*("accepted", "refused", "held", "not_enforced", "fallback", "no_login", "uncounted"),)
 
 
 class Answer(NamedTuple):
     """The action for Postfix, and why."""
 
     action: str
+    outcome: str  # of OUTCOMES
     rule: Rule | None = None
     verdict: Verdict | None = None
     reason: str = ""  # why nothing was counted
     msg: str = ""  # of the window that the charge is over
     login: str = ""  # the account that is over it, unless that is a pool's
-
-    @property
-    def outcome(self) -> str:
-        """One of OUTCOMES."""
-        verdict = self.verdict
-        if not verdict:
-            no_login = "no_login" if self.reason == NO_LOGIN else "uncounted"
-            return "fallback" if self.rule else no_login
-        if not verdict.over_quota:
-            return "accepted"
-        if not verdict.accepted:
-            return "refused"
-        return "held" if verdict.window.enforce else "not_enforced"
 
 
 class Message:
@@ -4384,7 +4377,8 @@ class Message:
         self.rules: tuple[Rule, ...] = ()
         self._instance = ""
         self.is_charged = False  # to the accounts that count messages
-        self.answer: Answer | None = None  # that is repeated
+        self.is_refused = False  # by one of them
+        self.answer: Answer | None = None  # the last one
 
     def begin(self, login: str, instance: str, rules: tuple[Rule, ...]) -> None:
         """Forget the last message if this is another one, or cannot be told from another one: an
@@ -4392,18 +4386,15 @@ class Message:
         last = self.login, self._instance, self.rules
         if not instance or last != (login, instance, rules):
             self.login, self._instance, self.rules = login, instance, rules
-            self.is_charged, self.answer = False, None
+            self.is_charged, self.is_refused, self.answer = False, False, None
 
     def remember(self, answer: Answer) -> None:
         """Keep what has been decided."""
-        verdict = answer.verdict
+        self.answer, verdict = answer, answer.verdict
         if verdict and verdict.accepted:
             self.is_charged = True
-            is_final = all(rule.per_message for rule in self.rules)
-        else:
-            is_final = verdict is not None and verdict.window.count == "messages"
-        if is_final:
-            self.answer = answer
+        elif verdict:
+            self.is_refused = verdict.window.count == "messages"
 
 
 class Policy:
@@ -4418,7 +4409,10 @@ class Policy:
     def __init__(self, config: Config, rules: RulesFile) -> None:
         self._rules = rules
         self._accept = config.okaction
-        self._account = config.account
+        # The same logins come again and again.
+        self._account = functools.lru_cache(CACHED_ACCOUNTS)(
+            lambda login: config.account(valid_utf8(login))
+        )
         self._stores_address = config.storeaddress
         self._nosasl = "REJECT authentication required" if config.nosasl == "REJECT" else "DUNNO"
         passes = config.onfailure == "OK"
@@ -4438,23 +4432,24 @@ class Policy:
     def charge(self, request: Request, message: Message) -> Charge | Answer:
         """What is to be charged for a request; or the answer, if nothing is. `message` is what the
         connection remembers."""
-        login = self._account(valid_utf8(request.sasl_username))
+        # One character more than fits tells that it is too long.
+        login = self._account(request.sasl_username[: MAX_ACCOUNT + 1])
         if answer := self._uncounted(request, login):
             return answer
         instance = valid_utf8(request.instance)[:MAX_INSTANCE]
         rules = self._rules.rules.applying_to(login)
         message.begin(login, instance, rules)
-        if message.answer:
-            return message.answer
         debits = [
             Debit(
                 POOL_PREFIX + rule.key if rule.is_pool else login,
-                1 if rule.per_message else recipients_of(request),
+                1 if rule.per_message else request.recipients,
                 rule.windows,
             )
             for rule in rules
-            if not (rule.per_message and message.is_charged)
+            if not (message.is_charged and rule.per_message)
         ]
+        if message.answer and (message.is_refused or not debits):
+            return message.answer
         sender = request.sender
         if sender in (request.sasl_username, login):
             sender = ""
@@ -4466,23 +4461,28 @@ class Policy:
     def _uncounted(self, request: Request, login: str) -> Answer | None:
         """The answer to a request that no rule applies to."""
         if request.protocol_state not in self.COUNTED:
-            return Answer("DUNNO", reason=f"asked at {request.protocol_state}")
+            reason = f"asked at {request.protocol_state}"
+            return Answer("DUNNO", "uncounted", reason=reason)
         if not login:
-            return Answer(self._nosasl, reason=NO_LOGIN)
+            return Answer(self._nosasl, "no_login", reason="no sasl_username")
         if len(login) > MAX_ACCOUNT:
-            return Answer("REJECT login name too long", reason="sasl_username is too long")
+            reason = "sasl_username is too long"
+            return Answer("REJECT login name too long", "uncounted", reason=reason)
         return None
 
     def answer(self, request: Request, verdict: Verdict | None, message: Message) -> Answer:
         """The answer to a verdict upon what charge() returned; None is the fallback."""
         rule = message.rules[0]
         if verdict is None:
-            return Answer(self._fallback, rule, reason="the store did not answer")
+            return Answer(self._fallback, "fallback", rule, reason="the store did not answer")
         if not verdict.over_quota:
-            return Answer(self._accept, rule, verdict)
-        msg = refusal_text(message.login, verdict, recipients_of(request))
-        action = f"{verdict.window.action} {msg}" if verdict.window.enforce else self._accept
-        return Answer(action, rule, verdict, msg=msg, login=message.login)
+            return Answer(self._accept, "accepted", rule, verdict)
+        msg = refusal_text(message.login, verdict, request.recipients)
+        outcome, action = "not_enforced", self._accept
+        if verdict.window.enforce:
+            outcome = "held" if verdict.accepted else "refused"
+            action = f"{verdict.window.action} {msg}"
+        return Answer(action, outcome, rule, verdict, msg=msg, login=message.login)
 
 
 @functools.lru_cache(1000)  # Postfix asks for each recipient
@@ -4492,11 +4492,6 @@ def packed_address(text: str) -> bytes:
         return socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
     except (OSError, ValueError):
         return b""
-
-
-def recipients_of(request: Request) -> int:
-    """How many recipients a request is about."""
-    return max(1, request.recipient_count) if request.is_whole_message else 1
 
 
 def refusal_text(login: str, verdict: Verdict, recipients: int) -> str:
@@ -4564,7 +4559,8 @@ class SetupHints:
         asked = identity(request)
         is_again = asked == self._asked and self._counted_at - self._asked_at < MOMENT
         self._asked, self._asked_at = asked, self._counted_at
-        if request.instance and (is_again or (last and identity(last) == asked)):
+        is_again = is_again or (last is not None and identity(last) == asked)
+        if is_again and request.instance:
             self._was_asked_twice = True
             text = "asked twice for each recipient, see docs/install.md: %s, rcpt=%s, instance=%s"
             log.warning(text, request.protocol_state, request.recipient, request.instance)
@@ -4602,7 +4598,7 @@ class Counters:
     def count(self, request: Request, answer: Answer, seconds: float) -> None:
         self.outcomes[answer.outcome] += 1
         if answer.verdict and answer.verdict.accepted:
-            self.recipients += recipients_of(request)
+            self.recipients += request.recipients
         self.seconds += seconds
         self.took[bisect.bisect_left(DECISION_SECONDS, seconds)] += 1
 
@@ -4739,9 +4735,10 @@ class PolicyHandler(socketserver.BaseRequestHandler):
                 if timeout != self._recv_timeout:
                     self._recv_timeout = timeout
                     self._set_timeout(socket.SO_RCVTIMEO, timeout)
-                with contextlib.suppress(BlockingIOError):
+                try:
                     return self.request.recv(RECV_BYTES)
-                self._await_reply()
+                except BlockingIOError:
+                    self._await_reply()
         finally:
             self.between_requests = False
 
@@ -4807,12 +4804,17 @@ def verdict_line(request: Request, answer: Answer) -> str:
         is_trial = verdict.over_quota and not verdict.window.enforce
         counted += " (not enforced)" if is_trial else ""
         msg = f", msg={answer.msg}" if verdict.over_quota else ""
-    recipients = f", recipients={recipients_of(request)}" if request.is_whole_message else ""
-    login, rcpt, sender = map(log_value, (request.sasl_username, request.recipient, request.sender))
+    is_whole = request.protocol_state in WHOLE_MESSAGE
+    recipients = f", recipients={request.recipients}" if is_whole else ""
+    values = (
+        *(request.sasl_username, request.recipient, request.sender),
+        *(request.client_address, request.instance),
+    )
+    # All at once: no value holds the \n that ends an attribute.
+    login, rcpt, sender, address, instance = log_value("\n".join(values)).split("\n")
     return (
         f"sasl_username={login}, rcpt={rcpt}, {counted}, sender={sender}, "
-        f"client_address={log_value(request.client_address)},"
-        f" instance={log_value(request.instance)}{recipients}{msg}"
+        f"client_address={address}, instance={instance}{recipients}{msg}"
     )
 
 

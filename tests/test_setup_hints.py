@@ -20,9 +20,9 @@ from saslquota import (
     Window,
 )
 
-COUNTED = Answer("OK", verdict=Verdict(True, 1, Window(60, 9)))
-REFUSED = Answer("DEFER no", verdict=Verdict(False, 9, Window(60, 9), over_quota=True))
-LOST = Answer("DEFER_IF_PERMIT", reason="the store did not answer")
+COUNTED = Answer("OK", "accepted", verdict=Verdict(True, 1, Window(60, 9)))
+REFUSED = Answer("DEFER no", "refused", verdict=Verdict(False, 9, Window(60, 9), over_quota=True))
+LOST = Answer("DEFER_IF_PERMIT", "fallback", reason="the store did not answer")
 
 
 class Clock:
@@ -54,7 +54,7 @@ def request(state: str = "RCPT", login: str = "alice", instance: str = "") -> Re
 
 
 def uncounted(asked: Request) -> Answer:
-    return Answer("DUNNO", reason=f"asked at {asked.protocol_state}")
+    return Answer("DUNNO", "uncounted", reason=f"asked at {asked.protocol_state}")
 
 
 def note(hints: SetupHints, *requests: Request) -> None:
@@ -140,7 +140,7 @@ def test_a_mail_was_counted_in_that_minute(
 def test_neither_without_login_nor_without_the_store(
     hints: SetupHints, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    hints.note(request(login=""), Answer("DUNNO", reason="no sasl_username"), None)
+    hints.note(request(login=""), Answer("DUNNO", "no_login", reason="no sasl_username"), None)
     hints.note(request(), LOST, None)
     pass_time(hints, clock, 2 * REMINDER_INTERVAL)
     assert warnings(caplog) == []
