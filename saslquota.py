@@ -4258,12 +4258,13 @@ class Committer(threading.Thread):
                 self._do_chore()
             except StoreError as error:
                 self._outage.begin(error)
+                self._fall_back(batch)  # what has no answer yet
             except Exception:  # no bug may end the thread that all wait for
                 if self._bugs.allows():
                     log.exception("an error in saslquota itself, charges get _onfailure")
                 with contextlib.suppress(Exception):  # it may have left something half done
                     self._ledger.close()
-            self._fall_back(batch)  # what has no answer yet
+                self._fall_back(batch)
             self._watchdog.forget(batch)
         self._ledger.close()
 
@@ -4301,8 +4302,7 @@ class Committer(threading.Thread):
                 self._locked_accounts.add(error.entries)
 
     def _charge(self, batch: Sequence[PendingCharge]) -> None:
-        # All share one INSERT, so the first that cannot wait any longer decides for all.
-        deadline = min(pending.deadline for pending in batch)
+        deadline = batch[0].deadline  # all share one INSERT, and this one has waited longest
         charges = [pending.charge for pending in batch]
         verdicts = self._ledger.charge(charges, deadline, lambda n: not batch[n].is_answered())
         for pending, verdict in zip(batch, verdicts, strict=True):
@@ -4559,7 +4559,8 @@ class SetupHints:
         asked = identity(request)
         is_again = asked == self._asked and self._counted_at - self._asked_at < MOMENT
         self._asked, self._asked_at = asked, self._counted_at
-        is_again = is_again or (last is not None and identity(last) == asked)
+        if last and last.instance == request.instance:
+            is_again = is_again or identity(last) == asked
         if is_again and request.instance:
             self._was_asked_twice = True
             text = "asked twice for each recipient, see docs/install.md: %s, rcpt=%s, instance=%s"
