@@ -35,18 +35,22 @@ from servers.mysql import NO_MYSQL, MySQL, require_mysql
 from servers.postfix import Postfix
 from servers.process import Process
 from servers.supervisor import Supervisor
-from xdist.scheduler import LoadScopeScheduling
 
 import saslquota
 import saslquotactl
 from saslquota import MySQLStore, SQLiteStore, Store
 
+SHARED = {"galera", "production"}  # fixtures that take long to make: tests on one worker
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what needs a server: its directories tell. Workers begin with what takes longest."""
     for item in items:
-        if "new_directory" in getattr(item, "fixturenames", ()):
+        fixtures = getattr(item, "fixturenames", ())
+        if "new_directory" in fixtures:
             item.add_marker("server")
+        for name in SHARED.intersection(fixtures):
+            item.add_marker(pytest.mark.xdist_group(name))
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
@@ -61,17 +65,11 @@ def pytest_xdist_setupnodes(specs: Sequence[XSpec]) -> None:
         spec.python = shlex.join([sys.executable, str(EXAMPLES)])
 
 
-class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
-    """Tests go to the workers one by one, those that share a Galera cluster to the same one."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        file, _, _ = nodeid.partition("::")
-        return file if file.endswith("/test_galera.py") else nodeid
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Scheduling:
-    return Scheduling(config, log)
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Tests go to the workers one by one, but for those that are marked as a group."""
+    if getattr(config.option, "numprocesses", 0) and config.option.dist == "no":
+        config.option.dist = "loadgroup"
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
