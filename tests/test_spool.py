@@ -818,6 +818,32 @@ def test_a_spool_that_fails_when_the_store_does(sender: Sender) -> None:
     sender.world.check()
 
 
+def test_a_spool_that_opens_and_cannot_be_written(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store decides as soon as it is back, however many sends wait in the spool."""
+
+    def fail(*_: object) -> None:
+        raise Unavailable("the test: no space left")
+
+    assert sender.send()
+    sender.daemon.set_down(True)
+    assert all(sender.send(windows=(Window(60, 1000),)) for _ in range(300))
+    with monkeypatch.context() as full:
+        full.setattr(sender.daemon.spool, "append", fail)
+        full.setattr(sender.daemon.spool, "probe", fail)
+        sender.daemon.has_failed = True
+        assert not sender.send("b")
+        sender.wait(2, steps=2)
+        sender.daemon.set_down(False)
+        sender.wait(3, steps=3)
+        assert sender.send("b")
+        assert int(str(sender.daemon.ledger.status()["spooled_sends"])) > 200
+    sender.wait(61)  # until it is tried again
+    sender.world.settle()
+    sender.world.check()
+
+
 def test_the_status(sender: Sender) -> None:
     status = sender.daemon.ledger.status
     assert sender.send()
