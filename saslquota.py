@@ -4670,10 +4670,8 @@ class PolicyHandler(socketserver.BaseRequestHandler):
                 log.warning("[%d] malformed input, connection closed: %s", self.number, error)
             self._await_reply()
         except (TimeoutError, BlockingIOError):
-            text = (
-                "[%d] connection closed: no complete request, or reply not taken,"
-                " within _bindtimeout (%d s)"
-            )
+            text = "[%d] connection closed: no complete request, or reply not taken,"
+            text += " within _bindtimeout (%d s)"
             log.info(text, self.number, self.server.client_timeout)
         except OSError as error:
             log.info("[%d] connection lost: %s", self.number, error.strerror)
