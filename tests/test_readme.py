@@ -639,7 +639,7 @@ def test_production(production: Production) -> None:
 
 
 @pytest.mark.slow
-def test_restart_and_reload(production: Production) -> None:
+def test_production_restarts_and_reloads(production: Production) -> None:
     restart, hup = RESTART_AND_RELOAD.splitlines()
     assert "saslquota: signalled" in production.run(hup)
     wait_for(lambda: "rules reloaded" in production.log.read_text(), 5, "the signal has come")
@@ -648,7 +648,7 @@ def test_restart_and_reload(production: Production) -> None:
 
 
 @pytest.mark.slow
-def test_the_daemon_was_stopped(production: Production) -> None:
+def test_production_was_stopped(production: Production) -> None:
     assert "saslquota: stopped" in production.run(STOP_THE_OLD)
     status, tail, start = START_AT_NIGHT.splitlines()
     assert "STOPPED" in production.run(f"{status} || true")
@@ -659,7 +659,7 @@ def test_the_daemon_was_stopped(production: Production) -> None:
 
 
 @pytest.mark.slow
-def test_rules_with_a_mistake_and_a_restart(production: Production) -> None:
+def test_production_rules_with_a_mistake(production: Production) -> None:
     """The running daemon keeps the previous ones; a restart would be the end of it."""
     rules = production.opt / "quotarules.json"
     good = rules.read_text("utf-8")
@@ -709,7 +709,7 @@ def test_uninstalling(new_directory: Callable[[], Path]) -> None:
 
 
 @pytest.mark.slow
-def test_upgrade_and_the_way_back(production: Production) -> None:
+def test_production_upgrade_and_the_way_back(production: Production) -> None:
     script = production.opt / "saslquota.py"
     new = script.read_text("utf-8")
     old = new.replace('__version__ = "', '__version__ = "0.')
