@@ -1,7 +1,7 @@
 """./install as it is shipped, on an empty Debian with nothing but the packages that it names.
 
-.debian-tests keeps what debootstrap has made, as that takes a minute or two for each release. The
-commands run in namespaces of their own: their mounts, processes and ports end with them.
+.debian-tests keeps what mmdebstrap has made, as that takes a minute for each release. The commands
+run in namespaces of their own: their mounts, processes and ports end with them.
 """
 
 import json
@@ -15,7 +15,7 @@ from helpers import require
 from servers.process import ROOT, run
 
 CACHE = ROOT / ".debian-tests"
-PACKAGES = "python3,python3-venv,supervisor"
+INCLUDE = "--include=python3,python3-venv,supervisor"
 FILES = ["install", "Testfile", "mysql.sql", "saslquota.json", "quotarules.json"]
 NAMESPACES = ["unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child"]
 
@@ -61,24 +61,22 @@ step rest find /opt /etc/supervisor /usr/local /var/lib -name '*saslquota*'
 @pytest.fixture
 def bare(request: pytest.FixtureRequest, new_directory: Callable[[], Path]) -> Path:
     """The root directory of a fresh Debian, with the shipped files in /root/saslquota."""
-    require("debootstrap", "unshare", "ip", root=True)
+    require("mmdebstrap", "unshare", "ip", root=True)
     if subprocess.run([*NAMESPACES, "true"], capture_output=True).returncode:
         pytest.skip("no rights to make namespaces")
-    root = new_directory()
     archive = CACHE / f"{request.param}.tar"
     if not archive.exists():
+        CACHE.mkdir(exist_ok=True)
+        new = archive.with_suffix(".new.tar")
         form = ["$(REPO_URI)", "Created-By: Packages", "Label: Debian"]
         mirror = run(["apt-get", "indextargets", "--format", *form]).split()
-        make = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}"]
-        command: list[str] = [*NAMESPACES, *make, request.param, str(root), *mirror[:1]]
+        make = ["mmdebstrap", "--variant=minbase", "--dpkgopt=force-unsafe-io", INCLUDE]
+        command = [*NAMESPACES, *make, request.param, str(new), *mirror[:1]]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr
-        CACHE.mkdir(exist_ok=True)
-        new = archive.with_suffix(".new")
-        subprocess.check_call(["tar", "-C", root, "-cf", new, "--exclude=./var/cache/apt/*", "."])
         new.rename(archive)
-    else:
-        subprocess.check_call(["tar", "-C", root, "-xf", archive])
+    root = new_directory()
+    subprocess.check_call(["tar", "-C", root, "-xf", archive])
     shipped = root / "root" / "saslquota"
     shipped.mkdir()
     for path in [
