@@ -1265,7 +1265,7 @@ class RequestStream:
             self._buffer += data
 
 
-@functools.lru_cache(100)
+@functools.lru_cache(100)  # most are the same
 def format_reply(action: str) -> bytes:
     """The reply to a request: valid UTF-8, and no longer than SMTP can carry."""
     cut = action.encode("utf-8", "replace")[:MAX_REPLY].decode("utf-8", "ignore")
@@ -4353,7 +4353,7 @@ class Committer(threading.Thread):
 # --- Policy ---------------------------------------------------------------------------------------
 
 MAX_INSTANCE = 64  # characters; the column's width
-OUTCOMES = (*("accepted", "refused", "held", "not_enforced", "fallback", "no_login", "uncounted"),)
+OUTCOMES = "accepted", "refused", "held", "not_enforced", "fallback", "no_login", "uncounted"
 
 
 class Answer(NamedTuple):
