@@ -4670,16 +4670,17 @@ class PolicyHandler(socketserver.BaseRequestHandler):
                 log.warning("[%d] malformed input, connection closed: %s", self.number, error)
             self._await_reply()
         except (TimeoutError, BlockingIOError):
-            text = "[%d] connection closed: no complete request, or reply not taken,"
-            text += " within _bindtimeout (%d s)"
+            text = (
+                "[%d] connection closed: no complete request, or reply not taken,"
+                " within _bindtimeout (%d s)"
+            )
             log.info(text, self.number, self.server.client_timeout)
         except OSError as error:
             log.info("[%d] connection lost: %s", self.number, error.strerror)
 
     def finish(self) -> None:
         if self._pending and not self._pending.give_up():
-            with self._replying:  # or the reply would go to whatever gets this descriptor next
-                pass
+            self._replying.acquire()  # or the reply goes to whatever gets this descriptor next
         self.server.forget(self)
         log.debug("[%d] thread stopped : (%.4f)", self.number, time.monotonic() - self._started)
 

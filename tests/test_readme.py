@@ -698,17 +698,6 @@ def test_the_steps_again_change_nothing(new_directory: Callable[[], Path]) -> No
 
 
 @pytest.mark.slow
-def test_uninstalling(new_directory: Callable[[], Path]) -> None:
-    with installed(new_directory()) as made:
-        *commands, userdel = UNINSTALL.splitlines(keepends=True)
-        assert userdel == "userdel saslquota\n"
-        assert "saslquota: removed process group" in made.run("".join(commands))
-        assert not is_listening(made.supervisor.port)
-        for name in ("opt", "lib", "conf.d/saslquota_supervisor.conf", "sbin/saslquotactl.py"):
-            assert not (made.directory / name).exists()
-
-
-@pytest.mark.slow
 def test_production_upgrade_and_the_way_back(production: Production) -> None:
     script = production.opt / "saslquota.py"
     new = script.read_text("utf-8")
@@ -721,6 +710,17 @@ def test_production_upgrade_and_the_way_back(production: Production) -> None:
         production.wait()
         with PolicyClient(production.supervisor.port) as policy:
             assert policy.ask() == "OK"
+
+
+@pytest.mark.slow
+def test_production_is_uninstalled(production: Production) -> None:
+    """The last one of these."""
+    *commands, userdel = UNINSTALL.splitlines(keepends=True)
+    assert userdel == "userdel saslquota\n"
+    assert "saslquota: removed process group" in production.run("".join(commands))
+    assert not is_listening(production.supervisor.port)
+    for name in ("opt", "lib", "conf.d/saslquota_supervisor.conf", "sbin/saslquotactl.py"):
+        assert not (production.directory / name).exists()
 
 
 # --- systemd, a Unix-domain socket ----------------------------------------------------------------
