@@ -44,9 +44,12 @@ from saslquota import MySQLStore, SQLiteStore, Store
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what needs a server: its directories tell. Workers begin with what takes longest."""
+    """Mark what needs a server: its directories tell, or the server's name among its parameters.
+    Workers begin with what takes longest."""
     for item in items:
-        if "new_directory" in getattr(item, "fixturenames", ()):
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        is_named = any(server in parameters for server in ("mariadb", "mysql", "shared"))
+        if is_named or "new_directory" in getattr(item, "fixturenames", ()):
             item.add_marker("server")
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
@@ -163,8 +166,9 @@ def _session_mysql(new_directory: Callable[[], Path]) -> Iterator[MySQL]:
 
 
 @contextmanager
-def _well(server: MariaDB) -> Iterator[MariaDB]:
+def _well(server: MariaDB, test: pytest.Item) -> Iterator[MariaDB]:
     """Let it run, also when the test before has stopped, frozen or killed it."""
+    assert test.get_closest_marker("server"), "a test that needs a server has the mark `server`"
     if not server.running:
         server.start()
     yield server
@@ -173,14 +177,14 @@ def _well(server: MariaDB) -> Iterator[MariaDB]:
 
 
 @pytest.fixture
-def mariadb(_session_mariadb: MariaDB) -> Iterator[MariaDB]:
-    with _well(_session_mariadb) as server:
+def mariadb(_session_mariadb: MariaDB, request: pytest.FixtureRequest) -> Iterator[MariaDB]:
+    with _well(_session_mariadb, request.node) as server:
         yield server
 
 
 @pytest.fixture
-def mysql(_session_mysql: MySQL) -> Iterator[MariaDB]:
-    with _well(_session_mysql) as server:
+def mysql(_session_mysql: MySQL, request: pytest.FixtureRequest) -> Iterator[MariaDB]:
+    with _well(_session_mysql, request.node) as server:
         yield server
 
 
