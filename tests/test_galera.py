@@ -2,6 +2,7 @@
 through, whichever node is killed or frozen."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -163,7 +164,11 @@ def test_all_nodes_are_killed_and_come_back_one_by_one(
     rows = assert_same_everywhere(galera, shared)
     ours = [row for row in rows if not row.account.startswith("SPOOL")]
     audit(ours, load.accepted(), lambda _: (3600, 10**6))
-    assert {sample.reply for sample in load.samples} == {OK}
+    replies = Counter(sample.reply for sample in load.samples)
+    assert set(replies) <= {OK, DEFERRED}, replies
+    # A node that another one copies is locked meanwhile. Who waits for it until the deadline has
+    # half a second for the spool, and a machine busy with three nodes that start may need more.
+    assert replies[DEFERRED] <= 9, "more than each connection once"
     assert max(sample.took for sample in load.samples) <= Config.dbtimeout + SLACK
 
 
