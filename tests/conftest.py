@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -29,6 +29,7 @@ from helpers import (
     mysql_config,
     require,
 )
+from servers import outage
 from servers.daemon import Daemon, copy_shipped
 from servers.disk import small_disk
 from servers.mariadb import Database, MariaDB, SmallMariaDB
@@ -219,6 +220,18 @@ def daemon(new_directory: Callable[[], Path]) -> Iterator[StartDaemon]:
 
 
 @pytest.fixture
+def spooling(daemon: StartDaemon) -> StartDaemon:
+    """Start daemons with a spool that have reached their database: until then they count in it."""
+
+    def start(config: Mapping[str, object], *arguments: object) -> Daemon:
+        started = daemon({**outage.CONFIG, **config}, *arguments)
+        outage.settle(started)
+        return started
+
+    return start
+
+
+@pytest.fixture
 def disk(new_directory: Callable[[], Path]) -> Iterator[Path]:
     """A file system of 200 MB, with room for a SmallMariaDB."""
     require("mount", root=True)
@@ -288,7 +301,7 @@ def fleet(tmp_path: Path) -> Iterator[StartFleet]:
         one.close()
 
 
-@pytest.fixture(params=["sqlite", pytest.param("mariadb", marks=pytest.mark.server)])
+@pytest.fixture(params=["sqlite", "mariadb"])
 def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
     """A ledger that saslquotactl.py looks at, on each kind of store."""
     if request.param == "sqlite":

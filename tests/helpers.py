@@ -36,7 +36,7 @@ from saslquota import (
     Window,
 )
 
-StartDaemon = Callable[..., Daemon]  # the fixtures `daemon`, `postfix` and `supervisor`
+StartDaemon = Callable[..., Daemon]  # the fixtures `daemon`, `spooling`, `postfix` and `supervisor`
 StartPostfix = Callable[..., Postfix]
 StartSupervisor = Callable[..., Supervisor]
 

@@ -223,7 +223,7 @@ class Site(NamedTuple):
         return path
 
 
-@pytest.fixture(params=["sqlite", pytest.param("mariadb", marks=pytest.mark.server)])
+@pytest.fixture(params=["sqlite", "mariadb"])
 def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
     settings: dict[str, object] = {"_store": "sqlite", "_defaultdomain": "example.com"}
     store: Store = SQLiteStore(tmp_path / "saslquota.db", 5)

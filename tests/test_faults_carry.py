@@ -20,7 +20,6 @@ from servers.mariadb import Database, MariaDB, session
 from servers.outage import (
     AWAY,
     BACK,
-    CONFIG,
     DBTIMEOUT,
     audit_spooled,
     is_up,
@@ -87,9 +86,8 @@ class Doomed(Daemon):
 
 
 @pytest.fixture
-def counting(database: Database, daemon: StartDaemon) -> Iterator[Daemon]:
-    running = daemon({**database.config(), **CONFIG}, RULES)
-    settle(running)
+def counting(database: Database, spooling: StartDaemon) -> Iterator[Daemon]:
+    running = spooling(database.config(), RULES)
     yield running
     assert "Traceback" not in running.log()
 
@@ -158,13 +156,12 @@ def proxy(server: MariaDB) -> Iterator[SlowProxy]:
 
 @pytest.fixture
 def behind(
-    proxy: SlowProxy, database: Database, daemon: StartDaemon, tmp_path: Path
+    proxy: SlowProxy, database: Database, spooling: StartDaemon, tmp_path: Path
 ) -> Iterator[Daemon]:
     """A daemon with the proxy before its database."""
     (tmp_path / "sitecustomize.py").write_text(WITHOUT_TLS)
-    config = {**database.config(), **CONFIG, "_myport": proxy.port}
-    running = daemon(config, RULES, {"PYTHONPATH": tmp_path})
-    settle(running)
+    config = {**database.config(), "_myport": proxy.port}
+    running = spooling(config, RULES, {"PYTHONPATH": tmp_path})
     yield running
     assert "Traceback" not in running.log()
 
@@ -234,12 +231,10 @@ def test_an_insert_that_carries_over_is_stuck(
 
 
 def test_down_and_up_every_second(
-    proxy: SlowProxy, database: Database, daemon: StartDaemon
+    proxy: SlowProxy, database: Database, spooling: StartDaemon
 ) -> None:
     """What was remembered gives nobody a further quota."""
-    config = {**database.config(), **CONFIG, "_myport": proxy.port}
-    counting = daemon(config, quota(300))
-    settle(counting)
+    counting = spooling({**database.config(), "_myport": proxy.port}, quota(300))
     with Load(counting.port, WIDE, connections=8, pause=0.05) as load:
         load.wait(OK, 10, 20)
         for _ in range(15):
@@ -286,11 +281,10 @@ class Admin:
 
 
 def test_orders_before_and_after_an_outage(
-    server: MariaDB, database: Database, daemon: StartDaemon
+    server: MariaDB, database: Database, spooling: StartDaemon
 ) -> None:
     """In it they cannot be given."""
-    counting = daemon({**database.config(), **CONFIG}, quota(5))
-    settle(counting)
+    counting = spooling(database.config(), quota(5))
     admin = Admin(counting)
     assert [admin.count(name) for name in ("reset", "more")] == [5, 5]
     assert admin.ctl("reset", "reset@example.com") == 0
@@ -379,14 +373,13 @@ def copy_rows(source: Database, target: Database) -> None:
 
 
 def test_a_failover_to_a_server_that_lacks_rows(
-    server: MariaDB, other: MariaDB, database: Database, daemon: StartDaemon
+    server: MariaDB, other: MariaDB, database: Database, spooling: StartDaemon
 ) -> None:
     """An asynchronous replica, or a copy that was taken earlier: what it lacks is lost, and what is
     accepted from then on is not."""
     replica = other.create_database(database.name)
     hosts = [f"{LOOPBACK}:{each.port}" for each in (server, other)]
-    counting = daemon({**database.config(), **CONFIG, "_myhost": hosts}, RULES)
-    settle(counting)
+    counting = spooling({**database.config(), "_myhost": hosts}, RULES)
     with Load(counting.port) as load:
         load.wait(OK, 10, 100)
         copy_rows(database, replica)

@@ -33,9 +33,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def counting(database: Database, daemon: StartDaemon) -> Iterator[Daemon]:
-    running = daemon({**database.config(), **CONFIG}, RULES)
-    settle(running)
+def counting(database: Database, spooling: StartDaemon) -> Iterator[Daemon]:
+    running = spooling(database.config(), RULES)
     yield running
     assert "Traceback" not in running.log()
 
@@ -87,12 +86,11 @@ def test_a_global_read_lock(server: MariaDB, database: Database, counting: Daemo
 
 
 def test_a_full_disk_of_the_database(
-    small_server: MariaDB, disk: Path, daemon: StartDaemon
+    small_server: MariaDB, disk: Path, spooling: StartDaemon
 ) -> None:
     """The server says that it is full, or ends, or hangs until there is room again."""
     database = small_server.create_database()
-    counting = daemon({**database.config(), **CONFIG}, RULES)
-    settle(counting)
+    counting = spooling(database.config(), RULES)
     with Load(counting.port, pause=0.001) as load:
         load.wait(OK, 10, 100)
         with full(disk):
@@ -107,13 +105,12 @@ def test_a_full_disk_of_the_database(
 
 
 def test_a_full_disk_of_the_spool(
-    server: MariaDB, database: Database, disk: Path, daemon: StartDaemon
+    server: MariaDB, database: Database, disk: Path, spooling: StartDaemon
 ) -> None:
     """Only then somebody is deferred; who was not is counted, once, though at a later time when the
     database has decided meanwhile: `at` never falls."""
     spool = {"_spoolfile": str(disk / "saslquota.spool")}
-    counting = daemon({**database.config(), **CONFIG, **spool}, RULES)
-    settle(counting)
+    counting = spooling({**database.config(), **spool}, RULES)
     with Load(counting.port) as load:
         load.wait(OK, 10, 100)
         server.kill()
@@ -173,20 +170,18 @@ def test_another_database(server: MariaDB, counting: Daemon) -> None:
         assert policy.ask() == DEFERRED
 
 
-def test_a_blackholed_host(server: MariaDB, database: Database, daemon: StartDaemon) -> None:
+def test_a_blackholed_host(server: MariaDB, database: Database, spooling: StartDaemon) -> None:
     """Each statement takes longer than the daemon waits."""
     with SlowProxy(server.port) as proxy:
-        counting = daemon({**database.config(), **CONFIG, "_myport": proxy.port}, RULES)
-        settle(counting)
+        counting = spooling({**database.config(), "_myport": proxy.port}, RULES)
         with Load(counting.port) as load:
             outlive(counting, load, proxy.slow(30), 5)
         audit_spooled(database, load, [counting])
 
 
-def test_a_slow_server(server: MariaDB, database: Database, daemon: StartDaemon) -> None:
+def test_a_slow_server(server: MariaDB, database: Database, spooling: StartDaemon) -> None:
     with SlowProxy(server.port) as proxy:
-        counting = daemon({**database.config(), **CONFIG, "_myport": proxy.port}, RULES)
-        settle(counting)
+        counting = spooling({**database.config(), "_myport": proxy.port}, RULES)
         with Load(counting.port) as load:
             outlive(counting, load, proxy.slow(0.9), 8)
         audit_spooled(database, load, [counting])
@@ -227,10 +222,9 @@ def test_the_daemon_is_killed_while_it_carries_over(
 
 
 def test_two_daemons_have_a_spool_each(
-    server: MariaDB, database: Database, daemon: StartDaemon
+    server: MariaDB, database: Database, spooling: StartDaemon
 ) -> None:
-    two = [daemon({**database.config(), **CONFIG}, RULES) for _ in range(2)]
-    settle(*two)
+    two = [spooling(database.config(), RULES) for _ in range(2)]
     with Load([running.port for running in two]) as load:
         for _ in range(3):
             load.wait(OK, 10, 200)
@@ -270,11 +264,10 @@ def test_a_block_holds_over_a_restart_in_the_outage(
 
 
 def test_a_reset_before_all_is_carried_over_wins(
-    server: MariaDB, database: Database, daemon: StartDaemon
+    server: MariaDB, database: Database, spooling: StartDaemon
 ) -> None:
     rules = {"default": {"period": 3600, "msgquota": 5, "msg": "over quota"}}
-    counting = daemon({**database.config(), **CONFIG}, rules)
-    settle(counting)
+    counting = spooling(database.config(), rules)
     with counting.policy() as policy:
         assert [policy.ask() for _ in range(2)] == [OK] * 2
         server.kill()
