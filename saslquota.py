@@ -1451,12 +1451,20 @@ class Store:
                 self.run("ROLLBACK")
 
     def probe(self) -> None:
-        """Commit a write that leaves nothing behind."""
+        """Commit a write that leaves nothing behind. Raises Conflict if the write meets a lock, but
+        Unavailable if the COMMIT does: that is nobody's rows."""
         seq = -random.getrandbits(62)  # in no chain, and not another daemon's
         self.run(self.BEGIN_LOCKING)
-        self.append([Entry("", seq, 0, self.now(), 0, 0, "", 0)])
-        self.run("DELETE FROM sends WHERE account = '' AND seq = ?", [seq])
-        self.run("COMMIT")
+        try:
+            self.append([Entry("", seq, 0, self.now(), 0, 0, "", 0)])
+            self.run("DELETE FROM sends WHERE account = '' AND seq = ?", [seq])
+        except Conflict:
+            self.run("ROLLBACK")
+            raise
+        try:
+            self.run("COMMIT")
+        except LockTimeout as error:
+            raise Unavailable(f"a COMMIT waits for a lock: {error}") from None
 
     def wait_for_locks(self, wait: bool) -> None:
         """Whether a statement waits LOCK_WAIT for another session's locks, as it does at first, or
@@ -3171,10 +3179,10 @@ class Ledger:
         """Raise AccountsLocked if another session has locked accounts of the batch, and keeps them:
         other daemons do so for milliseconds."""
         one_each = {entry.account: entry for entry in reversed(batch.entries)}
-        locked = self.still_locked(list(one_each.values()))
+        locked = self._store.locked(list(one_each.values()))
         if locked:
             time.sleep(LOCK_CONFIRMATION)
-            locked = self.still_locked(locked)
+            locked = self._store.locked(locked)
         if locked:
             raise AccountsLocked(locked)
         if not one_each:  # the lock was met while reading with locks: INSERT without them
@@ -3822,14 +3830,26 @@ class LocalLedger(Changeover):
         return self._spool.recover(deadline)
 
     def _find_locked(self, batch: Batch) -> None:
+        """As Ledger's. But while commits stand still, as in a Galera cluster that a node joins, so
+        do the locks of other daemons: then it is the store that has failed."""
         with self._store.hurry(math.inf):  # it takes little
+            try:
+                super()._find_locked(batch)
+                return
+            except AccountsLocked:
+                pass
+        with contextlib.suppress(Conflict):
+            self._store.probe()
+        with self._store.hurry(math.inf):
             super()._find_locked(batch)
 
     def still_locked(self, entries: Sequence[Entry]) -> list[Entry]:
-        return super().still_locked(entries) if self.state == "up" else []
+        with contextlib.suppress(Conflict), self._as_chore():
+            return super().still_locked(entries)
+        return []
 
     def wait_for_locks(self, wait: bool) -> None:
-        if self.state == "up":
+        with contextlib.suppress(Conflict), self._as_chore():
             super().wait_for_locks(wait)
 
     def purge(self) -> bool:

@@ -5,7 +5,7 @@ To each promised time SLACK (a second) is added: here load, daemon and database 
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -43,6 +43,7 @@ from servers.mariadb import (
     crowded,
     frozen,
     kill_connections,
+    rows_locked,
     session,
 )
 from servers.mysql import MySQL
@@ -136,26 +137,6 @@ def test_a_global_read_lock(server: MariaDB, database: Database, counting: Daemo
     with Load(counting.port) as load:
         outlast(counting, load, locked(), seconds=20)
     audit_all(database, load)
-
-
-LOCKS = {
-    "read": "SELECT COUNT(*) FROM sends WHERE account = '{}' FOR UPDATE",
-    "appended": "INSERT INTO sends VALUES ('{}', 1000000, 1, '2030-01-01', 0, 0, '', 1, '', '')",
-    "beyond": "SELECT COUNT(*) FROM sends WHERE account = '{}' AND seq > 1000000 FOR UPDATE",
-}
-
-
-@contextmanager
-def rows_locked(database: Database, accounts: Sequence[str], lock: str = "read") -> Iterator[None]:
-    """Keep another session's transaction open."""
-    with session(database.server, database.name) as admin:
-        admin.execute("BEGIN")
-        for account in accounts:
-            admin.execute(LOCKS[lock].format(account))
-            if admin.with_rows:
-                admin.fetchall()
-        yield
-        admin.execute("ROLLBACK")
 
 
 @pytest.mark.parametrize(

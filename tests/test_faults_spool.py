@@ -2,8 +2,8 @@
 one row in the end, and nobody is deferred."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ from servers.audit import audit, count_rows
 from servers.daemon import Daemon
 from servers.disk import full
 from servers.load import DEFERRED, OK, QUOTA, REFUSED, RULES, SHORT, SLACK, WIDE, Load
-from servers.mariadb import Database, MariaDB, frozen, session
+from servers.mariadb import Database, MariaDB, frozen, rows_locked, session
 from servers.outage import (
     AWAY,
     BACK,
@@ -28,6 +28,8 @@ from servers.outage import (
 )
 from servers.process import ROOT, pause, wait_for, wait_for_log
 from servers.proxy import SlowProxy
+
+from saslquota import LOCKED_ACCOUNT_RETRY, Config
 
 pytestmark = pytest.mark.slow
 
@@ -83,6 +85,69 @@ def test_a_global_read_lock(server: MariaDB, database: Database, counting: Daemo
     with Load(counting.port) as load:
         outlive(counting, load, read_lock(server), 5)
     audit_spooled(database, load, [counting])
+
+
+@pytest.fixture(params=[DBTIMEOUT, Config.dbtimeout])
+def patient(request: pytest.FixtureRequest, database: Database, spooling: StartDaemon) -> Daemon:
+    return spooling({**database.config(), "_dbtimeout": request.param}, RULES)
+
+
+def test_commits_stand_still_and_with_them_the_locks_of_others(
+    server: MariaDB, database: Database, patient: Daemon
+) -> None:
+    """As in a Galera cluster while a node joins, when another daemon has locked an account."""
+    with patient.policy() as policy:
+        assert policy.ask(sasl_username=WIDE[0]) == OK
+        with rows_locked(database, WIDE[:1]), session(server) as admin:
+            admin.execute("BACKUP STAGE START")
+            admin.execute("BACKUP STAGE BLOCK_COMMIT")
+            assert [policy.ask(sasl_username=name) for name in WIDE[:2]] == [OK, OK]
+            admin.execute("BACKUP STAGE END")
+    wait_for_log(patient, BACK)
+    settle(patient)
+    assert [row.account for row in sends(database)] == [WIDE[0], *WIDE[:2]]
+
+
+@pytest.mark.parametrize(("dbtimeout", "reply"), [(Config.dbtimeout, DEFERRED), (DBTIMEOUT, OK)])
+def test_a_locked_account_is_no_outage(
+    database: Database, spooling: StartDaemon, dbtimeout: int, reply: str
+) -> None:
+    """Unless there is no time to find out that it is none."""
+    counting = spooling({**database.config(), "_dbtimeout": dbtimeout}, RULES)
+    with counting.policy() as policy:
+        assert [policy.ask(sasl_username=name) for name in WIDE[:2]] == [OK, OK]
+        with rows_locked(database, WIDE[:1]):
+            assert [policy.ask(sasl_username=name) for name in WIDE[:2]] == [reply, OK]
+        wait_for(lambda: policy.ask(sasl_username=WIDE[0]) == OK, 5, "no longer locked")
+    settle(counting)
+    assert (AWAY in counting.log()) == (reply == OK)
+
+
+@contextmanager
+def killed(server: MariaDB) -> Iterator[None]:
+    server.kill()
+    yield
+    server.start()
+
+
+@pytest.mark.parametrize("trouble", [killed, frozen])
+def test_the_server_goes_away_while_an_account_is_locked(
+    server: MariaDB,
+    database: Database,
+    spooling: StartDaemon,
+    trouble: Callable[[MariaDB], AbstractContextManager[None]],
+) -> None:
+    """What the daemon then asks of the locked account defers nobody else."""
+    counting = spooling({**database.config(), "_dbtimeout": Config.dbtimeout}, RULES)
+    with counting.policy() as policy:
+        assert [policy.ask(sasl_username=name) for name in WIDE[:2]] == [OK, OK]
+        with rows_locked(database, WIDE[:1]):
+            assert policy.ask(sasl_username=WIDE[0]) == DEFERRED
+            with trouble(server):
+                pause(LOCKED_ACCOUNT_RETRY)
+                assert [policy.ask(sasl_username=name) for name in WIDE[:2]] == [OK, OK]
+    settle(counting)
+    assert [row.account for row in sends(database)] == sorted(2 * WIDE[:2])
 
 
 def test_a_full_disk_of_the_database(

@@ -2,7 +2,6 @@
 through, whichever node is killed or frozen."""
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -163,11 +162,7 @@ def test_all_nodes_are_killed_and_come_back_one_by_one(
     rows = assert_same_everywhere(galera, shared)
     ours = [row for row in rows if not row.account.startswith("SPOOL")]
     audit(ours, load.accepted(), lambda _: (3600, 10**6))
-    replies = Counter(sample.reply for sample in load.samples)
-    assert set(replies) <= {OK, DEFERRED}, replies
-    # While a node joins, the commits of all stand still, and what a daemon has locked with them: to
-    # another one on the same node its senders are locked by another session, and get the fallback.
-    assert replies[DEFERRED] <= 9, "more than each connection once"
+    assert {sample.reply for sample in load.samples} == {OK}
     assert max(sample.took for sample in load.samples) <= Config.dbtimeout + SLACK
 
 

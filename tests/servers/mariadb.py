@@ -209,3 +209,22 @@ def kill_connections(admin: Any, database: Database) -> None:
     for (number,) in admin.fetchall():
         with suppress(mysql.connector.Error):  # it may have ended meanwhile
             admin.execute(f"KILL {number}")
+
+
+LOCKS = {
+    "read": "SELECT COUNT(*) FROM sends WHERE account = '{}' FOR UPDATE",
+    "appended": "INSERT INTO sends VALUES ('{}', 1000000, 1, '2030-01-01', 0, 0, '', 1, '', '')",
+    "beyond": "SELECT COUNT(*) FROM sends WHERE account = '{}' AND seq > 1000000 FOR UPDATE",
+}
+
+
+@contextmanager
+def rows_locked(database: Database, accounts: Sequence[str], lock: str = "read") -> Iterator[None]:
+    """Keep another session's transaction open."""
+    with session(database.server, database.name) as admin:
+        admin.execute("BEGIN")
+        for account in accounts:
+            admin.execute(LOCKS[lock].format(account))
+            if admin.with_rows:
+                admin.fetchall()
+        yield
