@@ -3829,6 +3829,20 @@ class LocalLedger(Changeover):
             return super().recover(deadline)
         return self._spool.recover(deadline)
 
+    def _try(self, batch: Batch) -> None:
+        if batch.is_uncertain:
+            self._check_heads(batch)
+        super()._try(batch)
+
+    def _check_heads(self, batch: Batch) -> None:
+        """Raise Unavailable if the store lacks what the entries of a batch in doubt follow: another
+        server has taken over. The spool carries them over, to what is there."""
+        previous = {entry.account: entry.seq - 1 for entry in reversed(batch.entries)}
+        heads = self._store.newest_entries(dict.fromkeys(previous, 1), take_locks=False)
+        for account in previous.keys() - {h.account for h in heads if h.seq >= previous[h.account]}:
+            if previous[account]:
+                raise Unavailable(f"{self._store} lacks the last sends of {account}")
+
     def _find_locked(self, batch: Batch) -> None:
         """As Ledger's. But while commits stand still, as in a Galera cluster that a node joins, so
         do the locks of other daemons: then it is the store that has failed."""

@@ -404,3 +404,29 @@ def test_a_failover_to_a_server_that_lacks_rows(
     server.start()
     assert lost <= {row.instance for row in sends(database)}
     assert {sample.reply for sample in load.samples} == {OK}
+
+
+def test_a_batch_in_doubt_and_a_server_that_lacks_rows(
+    proxy: SlowProxy, other: MariaDB, database: Database, behind: Daemon
+) -> None:
+    """Its numbers would leave a hole there."""
+    replica = other.create_database(database.name)
+    behind.stop()
+    behind.config["_myhost"] = [f"{LOOPBACK}:{each.port}" for each in (proxy, other)]
+    behind.config["_dbtimeout"] = 7  # time to try the other one
+    behind.write_config()
+    behind.start()
+    settle(behind)
+    with behind.policy() as policy:
+        assert policy.ask(sasl_username=WIDE[0], instance="first") == OK
+        copy_rows(database, replica)
+        assert policy.ask(sasl_username=WIDE[0], instance="lost") == OK
+        with proxy.insert_stuck("request", 1) as stuck:
+            policy.send(policy.block(sasl_username=WIDE[0], instance="in doubt"))
+            wait_for(stuck.is_there.is_set, 10, "a stuck INSERT")
+            with proxy.down():
+                assert policy.reply() == OK
+                assert policy.ask(sasl_username=WIDE[0], instance="next") == OK
+                settle(behind)
+    rows = [(row.seq, row.total, row.instance) for row in sends(replica)]
+    assert rows == [(1, 1, "first"), (2, 2, "in doubt"), (3, 3, "next")]
