@@ -3838,9 +3838,10 @@ class LocalLedger(Changeover):
         """Raise Unavailable if the store lacks what the entries of a batch in doubt follow: another
         server has taken over. The spool carries them over, to what is there."""
         previous = {entry.account: entry.seq - 1 for entry in reversed(batch.entries)}
-        heads = self._store.newest_entries(dict.fromkeys(previous, 1), take_locks=False)
-        for account in previous.keys() - {h.account for h in heads if h.seq >= previous[h.account]}:
-            if previous[account]:
+        newest = self._store.newest_entries(dict.fromkeys(previous, 1), take_locks=False)
+        heads = {entry.account: entry.seq for entry in newest}
+        for account, seq in previous.items():
+            if heads.get(account, 0) < seq:
                 raise Unavailable(f"{self._store} lacks the last sends of {account}")
 
     def _find_locked(self, batch: Batch) -> None:
