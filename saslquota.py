@@ -2037,8 +2037,8 @@ class MySQLStore(Store):
     def append(self, entries: Sequence[Entry]) -> None:
         had_locks = self._in_locking_transaction
         super().append(entries)
-        if had_locks:
-            self.run("SET SESSION wait_timeout = DEFAULT")
+        if had_locks:  # not by run(), which may say that it is too late: the entries are written
+            self._execute("SET SESSION wait_timeout = DEFAULT", ())
 
     def wait_for_locks(self, wait: bool) -> None:
         self._waits_for_locks = wait

@@ -1,5 +1,6 @@
 """The contract of a Store, over every real one, with one ledger and with several at once."""
 
+import math
 import sqlite3
 import subprocess
 import threading
@@ -210,6 +211,26 @@ def test_a_lock_keeps_others_out_until_the_append(new_store: OpenStore) -> None:
         with pytest.raises((Conflict, Unavailable)):
             race.result(20)
     assert store.tokens([row("a", 2, now)]) == {77}
+
+
+def test_it_is_never_too_late_for_what_is_committed(
+    new_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A COMMIT takes so long that no other statement may begin: the entries are written."""
+    store = new_store()
+    now, run = store.now(), store.run
+
+    def take_long(sql: str, *values: Any) -> list[Any]:
+        found = run(sql, *values)
+        if sql == "COMMIT":
+            store._begin_until = -math.inf
+        return found
+
+    monkeypatch.setattr(store, "run", take_long)
+    store.newest_entries({"a": 1}, take_locks=True)
+    store.append([row("a", 1, now)])
+    store._begin_until = math.inf
+    assert store.tokens([row("a", 1, now)]) == {77}
 
 
 def test_a_rollback_lets_go(new_store: OpenStore) -> None:
