@@ -104,10 +104,10 @@ class SlowProxy:
         with suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
-                if self.is_refusing:
+                server = None if self.is_refusing else self._connect()
+                if not server:
                     client.close()
                     continue
-                server = socket.create_connection((LOOPBACK, self._target))
                 for ends in ((client, server, True), (server, client, False)):
                     thread = threading.Thread(target=self._pump, args=ends)
                     thread.start()
@@ -116,6 +116,11 @@ class SlowProxy:
                     self._ends.append(end)
                     self._open.callback(end.close)
                     self._open.callback(self._hang_up, end)
+
+    def _connect(self) -> socket.socket | None:
+        with suppress(OSError):  # the server is not there: as if the client had asked it itself
+            return socket.create_connection((LOOPBACK, self._target))
+        return None
 
     def _pump(self, source: socket.socket, target: socket.socket, is_request: bool) -> None:
         try:
