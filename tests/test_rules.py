@@ -94,8 +94,8 @@ def test_the_shipped_rules_are_readable_in_the_file() -> None:
 @pytest.mark.parametrize(
     ("key", "number"),
     [
-        pytest.param("user{}@example.com", 100_000, id="addresses"),
-        pytest.param("d{}.example.com", 100_000, id="domains"),
+        pytest.param("user{}@example.com", 20_000, id="addresses"),
+        pytest.param("d{}.example.com", 20_000, id="domains"),
         pytest.param("newsletter-*@d{}.example.com", 1000, id="patterns-for-addresses"),
         pytest.param("*.d{}.example.com", 1000, id="patterns-for-domains"),
     ],

@@ -582,7 +582,7 @@ WRONG_WAYS: Sequence[Mutation] = (
 @pytest.mark.parametrize("wrong", WRONG_WAYS, ids=lambda wrong: wrong.__name__)
 def test_each_shorter_way_shows(wrong: Mutation, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong(monkeypatch)
-    for seed in range(600):
+    for seed in (295, 128, *range(600)):  # two of these ways show in few runs, lately in these
         try:
             simulate(seed)
         except AssertionError:
