@@ -30,6 +30,7 @@ from helpers import (
     require,
 )
 from servers import outage
+from servers.clock import forget_clocks_of_the_dead
 from servers.daemon import Daemon, copy_shipped
 from servers.disk import small_disk
 from servers.mariadb import Database, MariaDB, SmallMariaDB
@@ -150,6 +151,7 @@ def new_directory() -> Iterator[Callable[[], Path]]:
             return path
 
         yield make
+    forget_clocks_of_the_dead()
 
 
 @pytest.fixture(scope="session")
