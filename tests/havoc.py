@@ -1,4 +1,4 @@
-"""Havoc, by hand: `.venv-tests/bin/python tests/havoc.py [--minutes N] [--seed N] [--mysql]`.
+"""Havoc, by hand: `PYTHONPATH=. .venv-tests/bin/python tests/havoc.py`.
 
 Two daemons that count on without their database (_onfailure LOCAL) share their senders, while the
 server is killed, frozen and locked, and the daemons are killed and cut off, at random. After half a
@@ -31,7 +31,10 @@ from saslquota import Config
 TIMEOUT = Config.dbtimeout  # seconds
 ROUND = 15, 30  # seconds that it lasts
 SLACK = 0.7  # seconds that a reply may take longer
-EXPORT = "SELECT account, seq, epoch, recipients, total, instance FROM sends ORDER BY account, seq"
+EXPORT = (
+    "SELECT account, seq, epoch, recipients, total, instance FROM sends"
+    " WHERE account NOT LIKE 'SPOOL%' ORDER BY account, seq"
+)
 
 
 class Round:
@@ -156,7 +159,7 @@ class Round:
         except AssertionError as error:
             yield str(error)
         rows = [line.split("\t") for line in self.database.sql(EXPORT).splitlines()]
-        yield from self.broken_chains([row for row in rows if not row[0].startswith("SPOOL")])
+        yield from self.broken_chains(rows)
         times = Counter(instance for *_, instance in rows if instance != "reset")
         yield from (f"{instance}: {n} rows" for instance, n in times.items() if n > 1)
         yield from (f"{s}: no row" for s in load.accepted() if s.instance not in times)
