@@ -2932,6 +2932,11 @@ class Batch:
         return [debit for charge in self.charges for debit in charge.debits]
 
     @property
+    def first_entries(self) -> dict[str, Entry]:
+        """By account."""
+        return {entry.account: entry for entry in reversed(self.entries)}
+
+    @property
     def needs_locks(self) -> bool:
         return self.collisions >= COLLISIONS_BEFORE_LOCKING
 
@@ -3178,7 +3183,7 @@ class Ledger:
     def _find_locked(self, batch: Batch) -> None:
         """Raise AccountsLocked if another session has locked accounts of the batch, and keeps them:
         other daemons do so for milliseconds."""
-        one_each = {entry.account: entry for entry in reversed(batch.entries)}
+        one_each = batch.first_entries
         locked = self._store.locked(list(one_each.values()))
         if locked:
             time.sleep(LOCK_CONFIRMATION)
@@ -3837,22 +3842,19 @@ class LocalLedger(Changeover):
     def _check_heads(self, batch: Batch) -> None:
         """Raise Unavailable if the store lacks what the entries of a batch in doubt follow: another
         server has taken over. The spool carries them over, to what is there."""
-        previous = {entry.account: entry.seq - 1 for entry in reversed(batch.entries)}
-        newest = self._store.newest_entries(dict.fromkeys(previous, 1), take_locks=False)
+        first = batch.first_entries
+        newest = self._store.newest_entries(dict.fromkeys(first, 1), take_locks=False)
         heads = {entry.account: entry.seq for entry in newest}
-        for account, seq in previous.items():
-            if heads.get(account, 0) < seq:
+        for account, entry in first.items():
+            if heads.get(account, 0) < entry.seq - 1:
                 raise Unavailable(f"{self._store} lacks the last sends of {account}")
 
     def _find_locked(self, batch: Batch) -> None:
         """As Ledger's. But while commits stand still, as in a Galera cluster that a node joins, so
         do the locks of other daemons: then it is the store that has failed."""
-        with self._store.hurry(math.inf):  # it takes little
-            try:
-                super()._find_locked(batch)
-                return
-            except AccountsLocked:
-                pass
+        with self._store.hurry(math.inf), contextlib.suppress(AccountsLocked):  # it takes little
+            super()._find_locked(batch)
+            return
         with contextlib.suppress(Conflict):
             self._store.probe()
         with self._store.hurry(math.inf):

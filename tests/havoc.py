@@ -15,14 +15,25 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import mysql.connector
 from servers import outage
+from servers.audit import Entry, assert_one_row_each, audit_epochs
 from servers.daemon import Daemon
 from servers.load import NARROW, OK, REFUSED, RULES, WIDE, Load, Sample
-from servers.mariadb import Database, MariaDB, frozen, kill_connections, rows_locked, session
+from servers.mariadb import (
+    Database,
+    MariaDB,
+    commits_stopped,
+    frozen,
+    kill_connections,
+    killed,
+    rows_locked,
+    session,
+    tables_locked,
+)
 from servers.mysql import MySQL
 from servers.proxy import SlowProxy
 
@@ -31,10 +42,6 @@ from saslquota import Config
 TIMEOUT = Config.dbtimeout  # seconds
 ROUND = 15, 30  # seconds that it lasts
 SLACK = 0.7  # seconds that a reply may take longer
-EXPORT = (
-    "SELECT account, seq, epoch, recipients, total, instance FROM sends"
-    " WHERE account NOT LIKE 'SPOOL%' ORDER BY account, seq"
-)
 
 
 class Round:
@@ -58,9 +65,8 @@ class Round:
         time.sleep(self.luck.uniform(least, most))
 
     def kill_server(self) -> None:
-        self.server.kill()
-        self.pause(0, self.luck.choice([0.3, 8]))
-        self.server.start()
+        with killed(self.server):
+            self.pause(0, self.luck.choice([0.3, 8]))
 
     def freeze_server(self) -> None:
         with frozen(self.server):
@@ -77,20 +83,13 @@ class Round:
         self.locked.append((began, time.monotonic() + TIMEOUT))
 
     def lock_tables(self) -> None:
-        with self.locked_by("FLUSH TABLES WITH READ LOCK"):
+        with tables_locked(self.server):
             self.pause(0.3, 5)
 
     def stop_commits(self) -> None:
         if not isinstance(self.server, MySQL):
-            with self.locked_by("BACKUP STAGE START", "BACKUP STAGE BLOCK_COMMIT"):
+            with commits_stopped(self.server):
                 self.pause(0.3, 5)
-
-    @contextmanager
-    def locked_by(self, *statements: str) -> Iterator[None]:
-        with session(self.server) as admin:
-            for statement in statements:
-                admin.execute(statement)
-            yield
 
     def kill_connections(self) -> None:
         with session(self.server) as admin:
@@ -151,48 +150,33 @@ class Round:
                     self.done.append(f"{deed.__name__} {time.monotonic() - began:.1f}")
             replies = Counter(str(sample.reply).partition(" ")[0] for sample in load.samples)
             print(", ".join(self.done), *(f"{n} {reply}" for reply, n in replies.items()), sep="; ")
-            return [*self.mistakes(load), *self.bugs()]
+            return list(self.mistakes(load))
 
     def mistakes(self, load: Load) -> Iterator[str]:
-        try:
-            outage.settle(*self.daemons)
-        except AssertionError as error:
-            yield str(error)
-        rows = [line.split("\t") for line in self.database.sql(EXPORT).splitlines()]
-        yield from self.broken_chains(rows)
-        times = Counter(instance for *_, instance in rows if instance != "reset")
-        yield from (f"{instance}: {n} rows" for instance, n in times.items() if n > 1)
-        yield from (f"{s}: no row" for s in load.accepted() if s.instance not in times)
+        checks: tuple[Callable[[], None], ...] = (
+            lambda: outage.settle(*self.daemons),
+            lambda: audit_epochs(self.database),
+            lambda: assert_one_row_each(self.rows(), load.accepted()),
+        )
+        for check in checks:
+            try:
+                check()
+            except AssertionError as error:
+                yield str(error)
         for sample in load.samples:
             if sample.reply not in (OK, REFUSED, None) and not self.is_within(sample, self.locked):
                 yield f"{sample}: deferred"
             is_late = sample.took > TIMEOUT + SLACK and sample.reply is not None
             if is_late and not self.is_within(sample, self.stopped):
                 yield f"{sample}: too late"
+        yield from (daemon.log() for daemon in self.daemons if "Traceback" in daemon.log())
 
     @staticmethod
     def is_within(sample: Sample, times: Sequence[tuple[float, float]]) -> bool:
         return any(sample.began <= end and begin <= sample.ended for begin, end in times)
 
-    @staticmethod
-    def broken_chains(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-        before: tuple[str, int, int, int] = "", 0, 0, 0
-        for account, *numbers, _ in rows:
-            seq, epoch, recipients, total = map(int, numbers)
-            if account != before[0]:
-                before = account, 0, 1, 0
-            was_reset = recipients == total == 0
-            wanted = (
-                before[1] + 1,
-                before[2] + was_reset,
-                0 if was_reset else before[3] + recipients,
-            )
-            if (seq, epoch, total) != wanted:
-                yield f"{account} {seq}: epoch {epoch}, total {total}, {wanted} was to come"
-            before = account, seq, epoch, total
-
-    def bugs(self) -> Iterator[str]:
-        yield from (daemon.log() for daemon in self.daemons if "Traceback" in daemon.log())
+    def rows(self) -> list[Entry]:
+        return [row for row in outage.sends(self.database) if row.instance != "reset"]
 
 
 def main() -> int:

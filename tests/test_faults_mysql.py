@@ -45,6 +45,7 @@ from servers.mariadb import (
     kill_connections,
     rows_locked,
     session,
+    tables_locked,
 )
 from servers.mysql import MySQL
 from servers.ports import LOOPBACK
@@ -127,15 +128,8 @@ def test_inserts_that_wake_up_make_no_second_row(
 
 def test_a_global_read_lock(server: MariaDB, database: Database, counting: Daemon) -> None:
     """What backups take."""
-
-    @contextmanager
-    def locked() -> Iterator[None]:
-        with session(server) as admin:
-            admin.execute("FLUSH TABLES WITH READ LOCK")
-            yield
-
     with Load(counting.port) as load:
-        outlast(counting, load, locked(), seconds=20)
+        outlast(counting, load, tables_locked(server), seconds=20)
     audit_all(database, load)
 
 

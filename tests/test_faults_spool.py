@@ -3,7 +3,7 @@ one row in the end, and nobody is deferred."""
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,15 @@ from servers.audit import audit, count_rows
 from servers.daemon import Daemon
 from servers.disk import full
 from servers.load import DEFERRED, OK, QUOTA, REFUSED, RULES, SHORT, SLACK, WIDE, Load
-from servers.mariadb import Database, MariaDB, frozen, rows_locked, session
+from servers.mariadb import (
+    Database,
+    MariaDB,
+    commits_stopped,
+    frozen,
+    killed,
+    rows_locked,
+    tables_locked,
+)
 from servers.outage import (
     AWAY,
     BACK,
@@ -74,37 +82,24 @@ def test_frozen_in_the_middle_of_everything(
     audit_spooled(database, load, [counting])
 
 
-@contextmanager
-def read_lock(server: MariaDB) -> Iterator[None]:
-    with session(server) as admin:
-        admin.execute("FLUSH TABLES WITH READ LOCK")
-        yield
-
-
 def test_a_global_read_lock(server: MariaDB, database: Database, counting: Daemon) -> None:
     with Load(counting.port) as load:
-        outlive(counting, load, read_lock(server), 5)
+        outlive(counting, load, tables_locked(server), 5)
     audit_spooled(database, load, [counting])
 
 
-@pytest.fixture(params=[DBTIMEOUT, Config.dbtimeout])
-def patient(request: pytest.FixtureRequest, database: Database, spooling: StartDaemon) -> Daemon:
-    return spooling({**database.config(), "_dbtimeout": request.param}, RULES)
-
-
+@pytest.mark.parametrize("dbtimeout", [DBTIMEOUT, Config.dbtimeout])
 def test_commits_stand_still_and_with_them_the_locks_of_others(
-    server: MariaDB, database: Database, patient: Daemon
+    server: MariaDB, database: Database, spooling: StartDaemon, dbtimeout: int
 ) -> None:
     """As in a Galera cluster while a node joins, when another daemon has locked an account."""
-    with patient.policy() as policy:
+    counting = spooling({**database.config(), "_dbtimeout": dbtimeout}, RULES)
+    with counting.policy() as policy:
         assert policy.ask(sasl_username=WIDE[0]) == OK
-        with rows_locked(database, WIDE[:1]), session(server) as admin:
-            admin.execute("BACKUP STAGE START")
-            admin.execute("BACKUP STAGE BLOCK_COMMIT")
+        with rows_locked(database, WIDE[:1]), commits_stopped(server):
             assert [policy.ask(sasl_username=name) for name in WIDE[:2]] == [OK, OK]
-            admin.execute("BACKUP STAGE END")
-    wait_for_log(patient, BACK)
-    settle(patient)
+    wait_for_log(counting, BACK)
+    settle(counting)
     assert [row.account for row in sends(database)] == [WIDE[0], *WIDE[:2]]
 
 
@@ -121,13 +116,6 @@ def test_a_locked_account_is_no_outage(
         wait_for(lambda: policy.ask(sasl_username=WIDE[0]) == OK, 5, "no longer locked")
     settle(counting)
     assert (AWAY in counting.log()) == (reply == OK)
-
-
-@contextmanager
-def killed(server: MariaDB) -> Iterator[None]:
-    server.kill()
-    yield
-    server.start()
 
 
 @pytest.mark.parametrize("trouble", [killed, frozen])

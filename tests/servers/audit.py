@@ -48,9 +48,7 @@ def audit(
     limits: Callable[[str], tuple[int, int]] = limit,
 ) -> None:
     """Every accepted request has exactly one row, the chains are unbroken, nobody is over quota."""
-    times = Counter(row.instance for row in rows)
-    assert [i for i, n in times.items() if n > 1] == [], "two rows for one request"
-    assert [s for s in accepted if s.instance not in times] == [], "accepted, and not in the ledger"
+    assert_one_row_each(rows, accepted)
     for account, group in itertools.groupby(rows, lambda row: row.account):
         chain = list(group)
         assert [row.seq for row in chain] == list(range(1, len(chain) + 1)), account
@@ -59,6 +57,26 @@ def audit(
         ), account
         assert all(a.at <= b.at for a, b in itertools.pairwise(chain)), f"{account}: time fell"
         assert_never_over_quota(chain, *limits(account))
+
+
+def assert_one_row_each(rows: Sequence[Entry], accepted: Sequence[Sample]) -> None:
+    times = Counter(row.instance for row in rows)
+    twice = [i for i, n in times.items() if n > 1]
+    assert twice == [], f"two rows for one request: {twice}"
+    lost = [s for s in accepted if s.instance not in times]
+    assert lost == [], f"accepted, and not in the ledger: {lost}"
+
+
+def audit_epochs(database: Database) -> None:
+    """The chains are unbroken, and each epoch's totals are the sums of its sends."""
+    broken = database.sql(
+        "SELECT a.account, a.seq FROM sends AS a LEFT JOIN sends AS b"
+        " ON b.account = a.account AND b.seq = a.seq - 1 WHERE a.account NOT LIKE 'SPOOL%'"
+        " AND NOT (a.seq = 1 AND a.total = a.recipients) AND (b.seq IS NULL OR a.at < b.at"
+        " OR IF(a.recipients = 0, a.epoch != b.epoch + 1 OR a.total,"
+        " a.epoch != b.epoch OR a.total != b.total + a.recipients))"
+    )
+    assert broken == "", broken
 
 
 def assert_never_over_quota(chain: Sequence[Entry], period: int, quota: int) -> None:

@@ -4,7 +4,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,6 +174,15 @@ def frozen(server: MariaDB) -> Iterator[None]:
 
 
 @contextmanager
+def killed(server: MariaDB) -> Iterator[None]:
+    server.kill()
+    try:
+        yield
+    finally:
+        server.start()
+
+
+@contextmanager
 def changed(server: MariaDB, variable: str, value: int | str) -> Iterator[None]:
     """Another value of a global variable."""
     before = server.sql(f"SELECT @@GLOBAL.{variable}")
@@ -221,10 +230,27 @@ LOCKS = {
 @contextmanager
 def rows_locked(database: Database, accounts: Sequence[str], lock: str = "read") -> Iterator[None]:
     """Keep another session's transaction open."""
-    with session(database.server, database.name) as admin:
-        admin.execute("BEGIN")
-        for account in accounts:
-            admin.execute(LOCKS[lock].format(account))
+    reads = [LOCKS[lock].format(account) for account in accounts]
+    with _held(database.server, "BEGIN", *reads, database=database.name):
+        yield
+
+
+def tables_locked(server: MariaDB) -> AbstractContextManager[None]:
+    """For reading, as backups do: nothing can be written."""
+    return _held(server, "FLUSH TABLES WITH READ LOCK")
+
+
+def commits_stopped(server: MariaDB) -> AbstractContextManager[None]:
+    """What is written waits in its COMMIT. (MySQL cannot.)"""
+    return _held(server, "BACKUP STAGE START", "BACKUP STAGE BLOCK_COMMIT")
+
+
+@contextmanager
+def _held(server: MariaDB, *statements: str, database: str = "") -> Iterator[None]:
+    """Keep a session open that has run these: so long its locks last."""
+    with session(server, database) as admin:
+        for statement in statements:
+            admin.execute(statement)
             if admin.with_rows:
                 admin.fetchall()
         yield
